@@ -1,0 +1,143 @@
+"""What the engine must know about a checkpoint beyond its weights: the `rmt` section of config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rmt_engine.errors import CheckpointError
+
+Family = Literal["decoder", "encoder_classifier"]
+Alignment = Literal["left", "right", "center"]
+
+FORMAT_VERSION = 1
+ALIGNMENTS = ("left", "right", "center")
+FAMILIES = ("decoder", "encoder_classifier")
+
+
+@dataclass(frozen=True)
+class RMTConfig:
+    """One checkpoint's shape and reading rules.
+
+    family: `decoder` (MemoryCell/RecurrentWrapper) or `encoder_classifier` (RMTEncoderForSequenceClassification).
+    backbone: the complete Hugging Face config of the wrapped model, as a plain dict with `model_type`.
+    num_mem_tokens: M. segment_size: S, the most *text* tokens of one segment.
+    alignment: where the short segment goes (left: last, right: first, center: all nearly equal).
+    drop_ids: token ids removed from the content before it is cut into segments.
+    cls_id, sep_id: the encoder's own tokens of every segment.
+    ask_template, stop_ids: how a question is put to a decoder, and the ids that end an answer.
+    """
+
+    family: Family
+    backbone: Mapping[str, Any]
+    num_mem_tokens: int
+    segment_size: int
+    alignment: Alignment = "left"
+    drop_ids: tuple[int, ...] = ()
+    cls_id: int | None = None
+    sep_id: int | None = None
+    ask_template: str = "{question}"
+    stop_ids: tuple[int, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {self.family!r}")
+        if self.alignment not in ALIGNMENTS:
+            raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {self.alignment!r}")
+        if self.num_mem_tokens < 1:
+            raise ValueError(f"num_mem_tokens must be at least 1; got {self.num_mem_tokens}")
+        if self.segment_size < 1:
+            raise ValueError(f"segment_size must be at least 1; got {self.segment_size}")
+        if self.family == "encoder_classifier" and (self.cls_id is None or self.sep_id is None):
+            raise ValueError("an encoder_classifier needs cls_id and sep_id, the tokens that frame every segment")
+        if "{question}" not in self.ask_template:
+            raise ValueError(f"ask_template must hold {{question}}; got {self.ask_template!r}")
+        self._check_positions()
+
+    def _check_positions(self) -> None:
+        limit, name = self.max_positions, self._positions_key
+        if limit is None or self.segment_size + self.overhead <= limit:
+            return
+        around = (
+            f"2×{self.num_mem_tokens} memory tokens"
+            if self.family == "decoder"
+            else f"{self.num_mem_tokens} memory tokens and 3 special tokens"
+        )
+        raise ValueError(
+            f"segment_size={self.segment_size} does not fit {name}={limit} with {around}; "
+            f"use at most {limit - self.overhead}"
+        )
+
+    @property
+    def model_type(self) -> str:
+        return str(self.backbone["model_type"])
+
+    @property
+    def overhead(self) -> int:
+        """Rows of a full segment that are not text."""
+        return 2 * self.num_mem_tokens if self.family == "decoder" else self.num_mem_tokens + 3
+
+    @property
+    def _positions_key(self) -> str:
+        return "n_positions" if "n_positions" in self.backbone else "max_position_embeddings"
+
+    @property
+    def max_positions(self) -> int | None:
+        """Rows the backbone can hold in one segment."""
+        limit = self.backbone.get(self._positions_key)
+        return None if limit is None else int(limit)
+
+    @property
+    def labels(self) -> list[str]:
+        """The classifier's label names, by id."""
+        names = self.backbone.get("id2label") or {}
+        return [str(names[key]) for key in sorted(names, key=int)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole config.json: the backbone's config with our `rmt` section."""
+        rmt = asdict(self)
+        backbone = rmt.pop("backbone")
+        return {**backbone, "rmt": {"format_version": FORMAT_VERSION, **rmt}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RMTConfig:
+        """Inverse of `to_dict`. Raises CheckpointError on a missing, unknown or impossible entry."""
+        rmt = dict(data.get("rmt") or {})
+        if not rmt:
+            raise CheckpointError(
+                "config.json has no `rmt` section: it is a backbone's config, not a converted checkpoint; "
+                "run `rmt-engine convert` first"
+            )
+        version = rmt.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"config.json has rmt.format_version={version!r}; this engine reads {FORMAT_VERSION}")
+        backbone = {key: value for key, value in data.items() if key != "rmt"}
+        if "model_type" not in backbone:
+            raise CheckpointError("config.json has no model_type: the backbone's family is unknown")
+        for key in ("drop_ids", "stop_ids"):
+            rmt[key] = tuple(rmt.get(key) or ())
+        try:
+            return cls(backbone=backbone, **rmt)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"config.json, section rmt: {error}") from error
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> RMTConfig:
+        path = Path(folder) / "config.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} holds no config.json: it is not a converted checkpoint") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
+        return cls.from_dict(data)
+
+    def save(self, folder: str | Path) -> None:
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
