@@ -1,0 +1,53 @@
+"""segment_attention on torch's fused CPU attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rmt_kernels.segment_attention import AttentionSpec, KVCache, SegmentAttention
+from rmt_kernels.segment_attention.ref import heads, rotate
+
+MASKS_KEPT = 64  # tails and answers vary in length: the table must not grow with the stream
+
+
+class CausalMasks:
+    """Additive masks [R, keys] of queries that start at a position; made once a shape."""
+
+    def __init__(self) -> None:
+        self.table: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+
+    def __call__(self, start: int, rows: int, keys: int, dtype: torch.dtype) -> Tensor:
+        key = (start, rows, keys, dtype)
+        if key not in self.table:
+            if len(self.table) >= MASKS_KEPT:
+                self.table.clear()
+            self.table[key] = torch.full((rows, keys), float("-inf"), dtype=dtype).triu_(start + 1)
+        return self.table[key]
+
+
+def plan(spec: AttentionSpec) -> SegmentAttention:
+    groups, mask_of = spec.heads // spec.kv_heads, CausalMasks()
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, *, length: int, start: int = 0, cache: KVCache | None = None
+    ) -> Tensor:
+        past = 0 if cache is None else cache.length
+        queries = rotate(heads(q, spec.head_dim), spec.rope, past + start)
+        keys = rotate(heads(k, spec.head_dim), spec.rope, past)[:, :, :length]
+        values = heads(v, spec.head_dim)[:, :, :length]
+        if cache is not None:
+            keys, values = cache.append(keys, values)
+        from_first = spec.causal and past + start == 0 and queries.shape[2] >= keys.shape[2]
+        mask = None
+        if spec.causal and not from_first:
+            mask = mask_of(past + start, queries.shape[2], keys.shape[2], q.dtype)
+        if groups > 1:
+            keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=from_first, scale=spec.scale
+        )
+        return out.transpose(1, 2).flatten(2)
+
+    return attend

@@ -1,0 +1,68 @@
+"""What every backbone shares: the interface that executors drive, and tables padded like the rows they serve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from rmt_kernels.lm_head import LMHead
+from rmt_kernels.memory import ReadMemory, WriteMemory
+from rmt_kernels.segment_attention import KVCache
+from torch import Tensor
+
+from rmt_engine.errors import CheckpointError
+from rmt_engine.layouts import ROW_MULTIPLE
+
+Shapes = dict[str, tuple[int, ...]]
+Weights = Mapping[str, Tensor]
+
+
+class Block(Protocol):
+    """One layer: hidden [B, T, E] -> hidden of the rows [start, end) asked for."""
+
+    def __call__(self, hidden: Tensor, length: int, rows: tuple[int, int], cache: KVCache | None) -> Tensor: ...
+
+
+class Backbone(Protocol):
+    """A transformer over one assembled segment. H_kv and D are those of the cache."""
+
+    kv_heads: int
+    head_dim: int
+    blocks: Sequence[Block]
+    read_memory: ReadMemory  # (row_ids [B, T], memory [B, M, E], offsets) -> hidden [B, T, E]
+    write_memory: WriteMemory  # hidden [B, M, E] of the write rows -> memory state [B, M, E]
+    head: LMHead  # hidden [B, R, E] -> logits [B, R, V]; a classifier: hidden of [CLS] [B, E] -> logits [B, C]
+
+    def embed(self, ids: Tensor, position: int) -> Tensor:
+        """ids [B, R] at positions position, position+1, … -> hidden [B, R, E]."""
+
+
+def run_blocks(
+    backbone: Backbone, hidden: Tensor, length: int, rows: tuple[int, int], caches: Sequence[KVCache] | None = None
+) -> Tensor:
+    """All layers over hidden [B, T, E] with `length` real rows -> hidden [B, end-start, E] of `rows`.
+
+    The last layer computes queries, output projection and MLP for `rows` alone.
+    """
+    everything = (0, hidden.shape[1])
+    last = len(backbone.blocks) - 1
+    for index, block in enumerate(backbone.blocks):
+        cache = caches[index] if caches is not None else None
+        hidden = block(hidden, length, rows if index == last else everything, cache)
+    return hidden
+
+
+def pad_table(table: Tensor) -> Tensor:
+    """A table of positions [P, ·] with zero rows up to a multiple of 16: padding rows look there, nobody reads them."""
+    missing = -table.shape[0] % ROW_MULTIPLE
+    return torch.cat([table, table.new_zeros(missing, *table.shape[1:])]) if missing else table
+
+
+def require(config: Mapping[str, Any], key: str, *allowed: Any, default: Any = None) -> Any:
+    """config[key], which must be one of `allowed`. Raises CheckpointError that names the key and the choices."""
+    value = config.get(key, default)
+    if value not in allowed:
+        choices = ", ".join(repr(choice) for choice in allowed)
+        raise CheckpointError(f"the backbone's config has {key}={value!r}; this engine runs {choices}")
+    return value

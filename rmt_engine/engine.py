@@ -1,0 +1,260 @@
+"""The engine: a checkpoint ready to read. The loop over segments is `Engine.segments`; everything else calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from rmt_kernels import dispatch
+from torch import Tensor
+
+from rmt_engine import checkpoint
+from rmt_engine.backbones import module_of
+from rmt_engine.config import RMTConfig
+from rmt_engine.errors import BackendError, TokenizerError
+from rmt_engine.executors import EagerExecutor
+from rmt_engine.layouts import Cut, drop
+from rmt_engine.tokens import Tokenizer
+
+if TYPE_CHECKING:
+    from rmt_engine.run import Event
+    from rmt_engine.stream import Stream
+
+Output = Literal["last", "all", "none"]
+EMBEDDED = Path(__file__).parent / "embedded" / "retrieval"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_LOGITS_BYTES = 4 << 30  # what `output="all"` may hold; more belongs to `Engine.segments`
+
+
+@dataclass(frozen=True)
+class ForwardOutput:
+    """logits: what `output` asked for, a list where the rows differ in length; memory_state: [B, M, E]."""
+
+    logits: Tensor | list[Tensor] | None
+    memory_state: Tensor
+
+
+@dataclass(frozen=True)
+class SegmentOutput:
+    """One segment of `Engine.segments`. logits [B, L, V] of its text (a classifier: [B, C]) or None."""
+
+    index: int
+    start: int
+    end: int
+    logits: Tensor | None
+    memory_state: Tensor
+
+
+class Engine:
+    """Reads inputs of any length with one checkpoint; build it with `Engine.from_pretrained`."""
+
+    def __init__(self, config: RMTConfig, executor: EagerExecutor, tokenizer: Tokenizer | None, backend: str):
+        self.config = config
+        self.executor = executor
+        self._tokenizer = tokenizer
+        self.backend = backend
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_name: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        backend: str = "auto",
+        executor: str = "auto",
+        **checkpoint_arguments: Any,
+    ) -> Engine:
+        """Loads a converted folder, the authors' files (with `base=`, `segment_size=`, …) or a hub id.
+
+        None is the small checkpoint that ships inside the package. dtype: auto (float32 on a CPU, bfloat16 on a GPU),
+        float32, bfloat16, float16. Raises CheckpointError, BackendError, ValueError.
+        """
+        if executor not in ("auto", "eager"):
+            raise ValueError(f"executor must be auto or eager; got {executor!r}")
+        _dtype(dtype, _device(device))  # a mistake here is told before gigabytes are read
+        path = EMBEDDED if path_or_name is None else path_or_name
+        config, weights = checkpoint.load(path, **checkpoint_arguments)
+        tokenizer = checkpoint.load_tokenizer(path, **checkpoint_arguments)
+        return cls.from_weights(config, weights, tokenizer, device=device, dtype=dtype, backend=backend)
+
+    @classmethod
+    def from_weights(
+        cls,
+        config: RMTConfig,
+        weights: Mapping[str, Tensor],
+        tokenizer: Tokenizer | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        backend: str = "auto",
+    ) -> Engine:
+        """An engine over tensors under their Hugging Face names, and `memory` [M, E]."""
+        where = _device(device)
+        precision = _dtype(dtype, where)
+        try:
+            backend = dispatch.choose(backend, where)
+        except RuntimeError as error:
+            raise BackendError(str(error)) from error
+        placed = {name: tensor.to(where, precision) for name, tensor in weights.items()}
+        backbone = module_of(config.model_type).build(config.backbone, placed, backend)
+        return cls(config, EagerExecutor(config, backbone, placed["memory"]), tokenizer, backend)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer. Raises TokenizerError when it came without one."""
+        if self._tokenizer is None:
+            raise TokenizerError("this checkpoint has no tokenizer.json: give token ids, or convert it with --base DIR")
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.executor.initial.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.executor.initial.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.backbone["vocab_size"])
+
+    def initial_memory(self, batch: int = 1) -> Tensor:
+        """The learned memory state every input starts from, [B, M, E]."""
+        return self.executor.initial_memory(batch)
+
+    def segments(
+        self, input_ids: Tensor, output: Output = "all", memory_state: Tensor | None = None
+    ) -> Iterator[SegmentOutput]:
+        """Reads ids [B, N] segment by segment: the recurrence. Logits are computed where `output` asks for them."""
+        memory = self.initial_memory(input_ids.shape[0]) if memory_state is None else memory_state
+        bounds = Cut.of(input_ids.shape[1], self.config.segment_size, self.config.alignment).bounds(input_ids.shape[1])
+        for index, (start, end) in enumerate(bounds):
+            ids, logits = input_ids[:, start:end], None
+            if output == "all" or (output == "last" and index == len(bounds) - 1):
+                memory, logits = self.executor.fold_with_logits(ids, memory)
+            else:
+                memory = self.executor.fold(ids, memory)
+            yield SegmentOutput(index, start, end, logits, memory)
+
+    def forward(
+        self,
+        input_ids: Tensor | Sequence[Tensor],
+        output: Output = "last",
+        max_n_segments: int | None = None,
+    ) -> ForwardOutput:
+        """What the authors' `forward` gives. input_ids: int64 [B, N], or a list of 1-D tensors of any lengths.
+
+        output: "last" -> logits of the last segment [B, L, V]; "all" -> of the whole text [B, N, V]; "none" -> None.
+        A classifier gives [B, C] ("last") or [B, segments, C] ("all"). Rows that differ in length (after the ids that
+        the checkpoint drops) give a list. max_n_segments keeps that many segments of tokens from the start.
+        """
+        if output not in ("last", "all", "none"):
+            raise ValueError(f"output must be last, all or none; got {output!r}")
+        rows = self._rows(input_ids, max_n_segments)
+        if output == "all":
+            self._check_size(rows)
+        results: list[ForwardOutput | None] = [None] * len(rows)
+        lengths = [len(row) for row in rows]
+        for length in sorted(set(lengths)):  # rows of one length run side by side, as each would alone
+            members = [i for i, n in enumerate(lengths) if n == length]
+            logits, memory = self._forward_even(torch.stack([rows[i] for i in members]), output)
+            for place, i in enumerate(members):
+                results[i] = ForwardOutput(None if logits is None else logits[place], memory[place])
+        done = [result for result in results if result is not None]
+        return ForwardOutput(_join([result.logits for result in done]), torch.stack([r.memory_state for r in done]))
+
+    def _forward_even(self, ids: Tensor, output: Output) -> tuple[Tensor | None, Tensor]:
+        kept, memory = [], None
+        for segment in self.segments(ids, output):
+            memory = segment.memory_state
+            if segment.logits is not None:
+                kept.append(segment.logits)
+        assert memory is not None
+        if not kept:
+            return None, memory
+        if output == "last":
+            return kept[0], memory
+        return (torch.stack(kept, 1) if kept[0].dim() == 2 else torch.cat(kept, 1)), memory
+
+    def _rows(self, input_ids: Tensor | Sequence[Tensor], max_n_segments: int | None) -> list[Tensor]:
+        """Checked 1-D rows without the dropped ids."""
+        rows = []
+        for i, row in enumerate(input_ids):
+            row = torch.as_tensor(row)
+            if row.dim() != 1 or row.is_floating_point():
+                raise ValueError(f"input_ids, row {i}: expected 1-D integer ids, got {row.dtype} {list(row.shape)}")
+            row = drop(row.to(self.device, torch.int64), self.config.drop_ids)
+            if max_n_segments is not None:
+                row = row[: max_n_segments * self.config.segment_size]
+            if not len(row):
+                raise ValueError(f"input_ids, row {i} holds no tokens: there is nothing to read")
+            if int(row.min()) < 0 or int(row.max()) >= self.vocab_size:
+                raise ValueError(f"input_ids, row {i}: ids must lie in 0..{self.vocab_size - 1} (vocab_size)")
+            rows.append(row)
+        if not rows:
+            raise ValueError("input_ids is empty: expected at least one row of ids")
+        return rows
+
+    def _check_size(self, rows: list[Tensor]) -> None:
+        if self.config.family != "decoder":
+            return
+        size = sum(len(row) for row in rows) * self.vocab_size * 4
+        if size > MAX_LOGITS_BYTES:
+            raise ValueError(
+                f'output="all" would hold {size / 2**30:.1f} GiB of logits, over {MAX_LOGITS_BYTES / 2**30:.0f} GiB; '
+                "iterate over engine.segments(input_ids) instead"
+            )
+
+    def check_answer_fits(self, text: int, max_new_tokens: int) -> None:
+        """Raises ValueError unless an answering segment of `text` tokens leaves room for `max_new_tokens`."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+        limit, count = self.config.max_positions, self.config.num_mem_tokens
+        if limit is not None and count + text + max_new_tokens > limit:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} does not fit: {count} memory tokens and {text} tokens of text and "
+                f"question leave {max(limit - count - text, 0)} of {limit} positions"
+            )
+
+    def stream(self, length: int | None = None, alignment: str | None = None) -> Stream:
+        """An unbounded input to feed piece by piece. `length` (tokens in all) is needed unless left-aligned."""
+        from rmt_engine.stream import Stream
+
+        return Stream(self, length, alignment)
+
+    def run(self, source: Any, **options: Any) -> Iterator[Event]:
+        """Reads a file, `-` or a token file; yields progress and then the summary. See `rmt_engine.run.run`."""
+        from rmt_engine.run import run
+
+        return run(self, source, **options)
+
+
+def _join(logits: list[Any]) -> Tensor | list[Tensor] | None:
+    if logits[0] is None:
+        return None
+    same = all(part.shape == logits[0].shape for part in logits)
+    return torch.stack(logits) if same else logits
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"device {device!r} was asked for, but this torch sees no CUDA device; use device='cpu'")
+    return chosen
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
+    return DTYPES[dtype]
