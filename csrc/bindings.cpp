@@ -57,16 +57,31 @@ size_t positive(py::ssize_t value, const char* name) {
   throw ArgumentError(std::string(name) + ": expected at least 1, came " + std::to_string(value));
 }
 
-std::shared_ptr<FileSource> open_source(const std::filesystem::path& path, const std::string& dtype,
-                                        const std::vector<int64_t>& drop_ids) {
-  std::optional<DType> named;
-  if (dtype != "auto") named = dtype_from_name(dtype);
-  const py::gil_scoped_release release;
-  return std::make_shared<FileSource>(path.string(), named, drop_ids);
+std::string class_name(py::handle object) { return py::str(py::type::handle_of(object).attr("__name__")); }
+
+std::vector<int64_t> integers(const py::iterable& values, const std::string& name) {
+  std::vector<int64_t> out;
+  for (const py::handle value : values) {
+    try {
+      out.push_back(value.cast<int64_t>());
+    } catch (const py::cast_error&) {
+      throw ArgumentError(name + ": expected integers of 64 bits, came " + std::string(py::repr(value)));
+    }
+  }
+  return out;
 }
 
-std::shared_ptr<PushedSource> pushed_source(const std::vector<int64_t>& drop_ids, py::ssize_t capacity) {
-  return std::make_shared<PushedSource>(drop_ids, positive(capacity, "capacity"));
+std::shared_ptr<FileSource> open_source(const std::filesystem::path& path, const std::string& dtype,
+                                        const py::iterable& drop_ids) {
+  std::optional<DType> named;
+  if (dtype != "auto") named = dtype_from_name(dtype);
+  const auto dropped = integers(drop_ids, "drop_ids");
+  const py::gil_scoped_release release;
+  return std::make_shared<FileSource>(path.string(), named, dropped);
+}
+
+std::shared_ptr<PushedSource> pushed_source(const py::iterable& drop_ids, py::ssize_t capacity) {
+  return std::make_shared<PushedSource>(integers(drop_ids, "drop_ids"), positive(capacity, "capacity"));
 }
 
 uint64_t count_tokens(TokenSource& source) {
@@ -75,35 +90,37 @@ uint64_t count_tokens(TokenSource& source) {
   return source.count(poll);
 }
 
-void push(PushedSource& source, const void* data, DType dtype, size_t count) {
+void push_tokens(PushedSource& source, const void* data, DType dtype, size_t count) {
   const Poll poll = signal_poll();
   const py::gil_scoped_release release;
   source.push(data, dtype, count, poll);
 }
 
-void push_list(PushedSource& source, const std::vector<int64_t>& ids) {
-  push(source, ids.data(), DType::kInt64, ids.size());
-}
-
 void push_array(PushedSource& source, const py::object& ids) {
-  constexpr const char* kWanted = "push(ids): expected a 1-D array or list of integers, came ";
-  if (!py::hasattr(ids, "__dlpack__") && (!PyObject_CheckBuffer(ids.ptr()) || PyBytes_Check(ids.ptr()))) {
-    throw ArgumentError(kWanted + std::string(py::str(py::type::handle_of(ids).attr("__name__"))) +
-                        "; tokenize text first");
+  const std::string wanted = "push(ids): expected a 1-D array or list of integers, came ";
+  const bool is_array = py::hasattr(ids, "__dlpack__") || PyObject_CheckBuffer(ids.ptr());
+  if (!is_array || PyBytes_Check(ids.ptr()) || PyByteArray_Check(ids.ptr())) {
+    throw ArgumentError(wanted + class_name(ids) + "; tokenize text first");
   }
   const TensorView view = view_array(ids);
   if (view.device.type != dlpack::kCPU && view.device.type != dlpack::kCUDAHost) {
-    throw ArgumentError(std::string(kWanted) + "one on a device; move it with .cpu()");
+    throw ArgumentError(wanted + "one on a device; move it with .cpu()");
   }
   const auto dtype = integer_dtype(view.dtype);
   if (!dtype) {
-    throw ArgumentError(kWanted + type_name(view.dtype) + "; convert it to one of " + kDTypeNames);
+    throw ArgumentError(wanted + type_name(view.dtype) + "; convert it to one of " + kDTypeNames);
   }
   if (view.shape.size() != 1 || !view.contiguous()) {
-    throw ArgumentError(kWanted + std::to_string(view.shape.size()) + "-D" +
+    throw ArgumentError(wanted + "one of " + std::to_string(view.shape.size()) + " dimensions" +
                         (view.contiguous() ? "" : ", not contiguous") + "; push one contiguous row at a time");
   }
-  push(source, view.data, *dtype, static_cast<size_t>(view.shape[0]));
+  push_tokens(source, view.data, *dtype, static_cast<size_t>(view.shape[0]));
+}
+
+void push(PushedSource& source, const py::object& ids) {
+  if (!py::isinstance<py::list>(ids) && !py::isinstance<py::tuple>(ids)) return push_array(source, ids);
+  const auto tokens = integers(ids, "push(ids)");
+  push_tokens(source, tokens.data(), DType::kInt64, tokens.size());
 }
 
 std::unique_ptr<SegmentStream> make_stream(std::shared_ptr<TokenSource> source, py::ssize_t segment_size,
@@ -156,34 +173,42 @@ std::string segment_repr(const Segment& segment) {
 }
 
 void bind_sources(py::module_& m) {
-  py::class_<TokenSource, std::shared_ptr<TokenSource>> source(m, "TokenSource");
-  py::class_<FileSource, TokenSource, std::shared_ptr<FileSource>>(m, "FileSource")
+  py::class_<TokenSource, std::shared_ptr<TokenSource>> source(
+      m, "TokenSource", "Where tokens come from: TokenSource.open(path) or TokenSource.pushed().");
+  py::class_<FileSource, TokenSource, std::shared_ptr<FileSource>>(
+      m, "FileSource", "A token file. Any number of streams may read it, each from its beginning.")
       .def_property_readonly("dtype", [](const FileSource& s) { return info(s.dtype()).name; });
-  py::class_<PushedSource, TokenSource, std::shared_ptr<PushedSource>>(m, "PushedSource")
-      .def("push", &push_list, "ids"_a.noconvert())
-      .def("push", &push_array, "ids"_a)
-      .def("close", &PushedSource::close, py::call_guard<py::gil_scoped_release>())
-      .def("fail", &PushedSource::fail, "message"_a, py::call_guard<py::gil_scoped_release>());
-  source.def_static("open", &open_source, "path"_a, "dtype"_a = "auto", "drop_ids"_a = py::tuple())
-      .def_static("pushed", &pushed_source, "drop_ids"_a = py::tuple(), "capacity"_a = 1 << 20)
-      .def_property_readonly("size", &TokenSource::size)
-      .def("count", &count_tokens);
+  py::class_<PushedSource, TokenSource, std::shared_ptr<PushedSource>>(
+      m, "PushedSource", "A bounded queue: other threads push, one stream reads.")
+      .def("push", &push, "ids"_a,
+           "Adds a 1-D integer array or list; waits while the queue is full. Raises ValueError after close() or\n"
+           "fail(), StreamStopped once the stream that reads has stopped.")
+      .def("close", &PushedSource::close, py::call_guard<py::gil_scoped_release>(), "The input ends here.")
+      .def("fail", &PushedSource::fail, "message"_a, py::call_guard<py::gil_scoped_release>(),
+           "The input ends here, and the stream raises InputError(message) after the whole segments before it.");
+  source
+      .def_static("open", &open_source, "path"_a, "dtype"_a = "auto", "drop_ids"_a = py::tuple(),
+                  "Opens a 1-D .npy file, or a raw little-endian file, which needs a dtype.")
+      .def_static("pushed", &pushed_source, "drop_ids"_a = py::tuple(), "capacity"_a = 1 << 20,
+                  "Makes a queue of at most `capacity` tokens.")
+      .def_property_readonly("size", &TokenSource::size, "Tokens before dropping.")
+      .def("count", &count_tokens, "Tokens after dropping: reads the file if there is anything to drop.");
 }
 
 void bind_stream(py::module_& m) {
   py::class_<Segment>(m, "Segment")
-      .def_property_readonly("ids", &segment_ids)
+      .def_property_readonly("ids", &segment_ids, "int64 [size], a view that is valid until the following next().")
       .def_readonly("index", &Segment::index)
-      .def_readonly("position", &Segment::position)
-      .def_readonly("last", &Segment::last)
+      .def_readonly("position", &Segment::position, "Tokens before it, after dropping.")
+      .def_readonly("last", &Segment::last, "True when no token follows.")
       .def("__len__", [](const Segment& s) { return s.size; })
       .def("__repr__", &segment_repr);
-  py::class_<SegmentStream>(m, "SegmentStream")
+  py::class_<SegmentStream>(m, "SegmentStream", "Cuts a source into segments, read ahead by a thread of its own.")
       .def(py::init(&make_stream), "source"_a, "segment_size"_a, "first_segment_size"_a = py::none(),
            "ring_slots"_a = 8, "vocab_size"_a = py::none())
-      .def("next", &next_segment)
-      .def("stop", &stop)
-      .def("stats", &stats)
+      .def("next", &next_segment, "Waits for the next segment; None at the end of the input.")
+      .def("stop", &stop, "Ends the stream, from any thread; who waits in next() gets StreamStopped.")
+      .def("stats", &stats, "segments, tokens (handed out), reader_wait_seconds, consumer_wait_seconds")
       .def("__iter__", [](py::object self) { return self; })
       .def("__next__", &iterate)
       .def("__enter__", [](py::object self) { return self; })

@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -171,13 +172,21 @@ inline TensorView view_array(py::handle array) {
 }
 
 inline std::string type_name(dlpack::Type type) {
-  const char* kind = type.code == dlpack::kInt      ? "int"
-                     : type.code == dlpack::kUInt   ? "uint"
-                     : type.code == dlpack::kFloat  ? "float"
-                     : type.code == dlpack::kBfloat ? "bfloat"
-                     : type.code == dlpack::kBool   ? "bool"
-                                                    : "type code ";
-  return kind + (type.code == dlpack::kBool ? std::string() : std::to_string(type.bits));
+  const std::string bits = std::to_string(type.bits);
+  switch (type.code) {
+    case dlpack::kInt:
+      return "int" + bits;
+    case dlpack::kUInt:
+      return "uint" + bits;
+    case dlpack::kFloat:
+      return "float" + bits;
+    case dlpack::kBfloat:
+      return "bfloat" + bits;
+    case dlpack::kBool:
+      return "bool";
+    default:
+      return "DLPack type " + std::to_string(type.code);
+  }
 }
 
 inline std::optional<DType> integer_dtype(dlpack::Type type) {

@@ -20,4 +20,6 @@ struct Stopped : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+inline constexpr const char* kStoppedEarly = "the stream was stopped before its input ended";
+
 }  // namespace rmt

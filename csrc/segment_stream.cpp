@@ -77,7 +77,7 @@ std::optional<Segment> SegmentStream::next(const Poll& poll) {
   if (drained && error_) std::rethrow_exception(error_);
   if (drained && finished_) return std::nullopt;
   // Not the end of the input, and it must not look like it.
-  throw Stopped("next(): the stream was stopped before its input ended");
+  throw Stopped(kStoppedEarly);
 }
 
 Segment SegmentStream::take() {
@@ -156,7 +156,7 @@ size_t SegmentStream::wait_for_slot() {
     not_full_.wait(lock, free);
     stats_.reader_wait_seconds += seconds_since(start);
   }
-  if (stopping_) throw Stopped("next(): the stream was stopped before its input ended");
+  if (stopping_) throw Stopped(kStoppedEarly);
   return published_ % slots_.size();
 }
 

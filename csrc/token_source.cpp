@@ -112,7 +112,7 @@ TokenReader::TokenReader(const DropSet& drop) : drop_(drop), piece_(kPiece) {}
 
 size_t TokenReader::read(int64_t* out, size_t capacity) {
   while (begin_ == end_) {
-    if (stopped_) throw Stopped("the stream was stopped");  // here too: a file may hold nothing but dropped ids
+    if (stopped_) throw Stopped(kStoppedEarly);  // here too: a file may hold nothing but dropped ids
     const size_t came = fill(piece_.data(), piece_.size());
     if (came == 0) return 0;
     begin_ = 0;
@@ -145,7 +145,8 @@ uint64_t FileSource::open_file() {
     throw InputError(path_ + ": cannot open the token file: " + std::strerror(errno));
   }
   if (!S_ISREG(status.st_mode)) {
-    throw InputError(path_ + ": expected a token file, came " + (S_ISDIR(status.st_mode) ? "a directory" : "a device") +
+    throw InputError(path_ + ": expected a token file, came " +
+                     (S_ISDIR(status.st_mode) ? "a directory" : "a pipe or device") +
                      "; name a .npy or .bin file, or push the tokens");
   }
 #ifdef POSIX_FADV_SEQUENTIAL
@@ -277,7 +278,7 @@ void PushedSource::fail(std::string message) {
 size_t PushedSource::pop(int64_t* out, size_t capacity) {
   std::unique_lock lock(mutex_);
   not_empty_.wait(lock, [&] { return used_ > 0 || closed_ || stopped_; });
-  if (stopped_) throw Stopped("the stream was stopped");
+  if (stopped_) throw Stopped(kStoppedEarly);
   if (used_ == 0 && failure_) throw InputError(*failure_);
   const size_t count = std::min({capacity, used_, queue_.size() - begin_});
   std::copy_n(queue_.data() + begin_, count, out);

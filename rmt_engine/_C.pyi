@@ -1,0 +1,121 @@
+"""Token files and pushed tokens, cut into segments ahead of the compute."""
+
+from collections.abc import Iterable, Iterator
+from os import PathLike
+from types import TracebackType
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rmt_engine.errors import RMTError
+
+class StreamStopped(RMTError):
+    """The stream was stopped while, or before, this call waited."""
+
+class TokenSource:
+    """Where tokens come from: TokenSource.open(path) or TokenSource.pushed()."""
+
+    @staticmethod
+    def open(
+        path: str | bytes | PathLike[str] | PathLike[bytes], dtype: str = "auto", drop_ids: Iterable[int] = ()
+    ) -> FileSource:
+        """Opens a 1-D `.npy` file, or a raw little-endian file, which needs `dtype`.
+
+        dtype: "auto", or uint8, uint16, uint32, int32, int64; for `.npy` it must agree with the file.
+        drop_ids: ids that are left out of the stream.
+        Raises InputError for a file that cannot be read or is not what it claims, ValueError for a wrong dtype.
+        """
+
+    @staticmethod
+    def pushed(drop_ids: Iterable[int] = (), capacity: int = 1 << 20) -> PushedSource:
+        """Makes a queue of at most `capacity` tokens (8 bytes each, allocated at once)."""
+
+    @property
+    def size(self) -> int:
+        """Tokens before dropping. ValueError for a pushed source."""
+
+    def count(self) -> int:
+        """Tokens after dropping: reads the file if there is anything to drop. ValueError for a pushed source."""
+
+class FileSource(TokenSource):
+    """A token file. Any number of streams may read it, each from its beginning."""
+
+    @property
+    def dtype(self) -> str: ...
+
+class PushedSource(TokenSource):
+    """A bounded queue: other threads push, one stream reads."""
+
+    def push(self, ids: Any) -> None:
+        """Adds a list of int, or a contiguous 1-D integer array (DLPack or buffer protocol, on the CPU).
+
+        Waits while the queue is full; pushes of several threads follow one another whole.
+        Raises ValueError after close() or fail(), StreamStopped once the stream that reads has stopped.
+        """
+
+    def close(self) -> None:
+        """The input ends here."""
+
+    def fail(self, message: str) -> None:
+        """The input ends here, and the stream raises InputError(message) after the whole segments before it."""
+
+class Segment:
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """[len(self)], a view that is valid until the following next(); asking for it later is a ValueError.
+
+        An array taken before that stays safe to read, but shows whatever the slot holds by then.
+        """
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def position(self) -> int:
+        """Tokens before it, after dropping."""
+
+    @property
+    def last(self) -> bool:
+        """True when no token follows."""
+
+    def __len__(self) -> int: ...
+
+class StreamStats(TypedDict):
+    segments: int
+    tokens: int
+    reader_wait_seconds: float
+    consumer_wait_seconds: float
+
+class SegmentStream:
+    """Cuts a source into segments, read ahead by a thread of its own. A context manager; leaving it stops it."""
+
+    def __init__(
+        self,
+        source: TokenSource,
+        segment_size: int,
+        first_segment_size: int | None = None,
+        ring_slots: int = 8,
+        vocab_size: int | None = None,
+    ) -> None:
+        """Starts to read.
+
+        first_segment_size: tokens of the first segment, at most `segment_size` (right alignment).
+        vocab_size: ids outside [0, vocab_size) are an InputError.
+        """
+
+    def next(self) -> Segment | None:
+        """Waits for the next segment; None at the end of the input.
+
+        Raises InputError after the whole segments before the trouble, StreamStopped after stop().
+        """
+
+    def stop(self) -> None:
+        """Ends the stream, from any thread, any number of times; who waits in next() gets StreamStopped."""
+
+    def stats(self) -> StreamStats: ...
+    def __iter__(self) -> Iterator[Segment]: ...
+    def __next__(self) -> Segment: ...
+    def __enter__(self) -> SegmentStream: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
