@@ -164,9 +164,9 @@ def tiny_encoder(
 
 
 def plain_config(model: torch.nn.Module) -> dict[str, Any]:
-    """A model's config as config.json holds it."""
+    """A model's config as config.json holds it, without what says where it came from."""
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
-    return config
+    return {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
 
 
 def _prepare(model: torch.nn.Module, noise: str) -> None:
