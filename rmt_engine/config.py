@@ -48,6 +48,7 @@ class RMTConfig:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {self.family!r}")
         if self.alignment not in ALIGNMENTS:
             raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {self.alignment!r}")
+        self._check_types()
         if self.num_mem_tokens < 1:
             raise ValueError(f"num_mem_tokens must be at least 1; got {self.num_mem_tokens}")
         if self.segment_size < 1:
@@ -57,6 +58,22 @@ class RMTConfig:
         if "{question}" not in self.ask_template:
             raise ValueError(f"ask_template must hold {{question}}; got {self.ask_template!r}")
         self._check_positions()
+
+    def _check_types(self) -> None:
+        """A config.json may hold anything."""
+        single = {name: getattr(self, name) for name in ("num_mem_tokens", "segment_size")}
+        single |= {name: getattr(self, name) for name in ("cls_id", "sep_id") if getattr(self, name) is not None}
+        for name, value in single.items():
+            if type(value) is not int:
+                raise ValueError(f"{name} must be an integer; got {value!r}")
+        for name in ("drop_ids", "stop_ids"):
+            if any(type(i) is not int for i in getattr(self, name)):
+                raise ValueError(f"{name} must be integers; got {getattr(self, name)!r}")
+        if not isinstance(self.ask_template, str):
+            raise ValueError(f"ask_template must be a text; got {self.ask_template!r}")
+        names = self.backbone.get("id2label") or {}
+        if not isinstance(names, Mapping) or not all(str(key).isdecimal() for key in names):
+            raise ValueError(f"id2label must map class numbers to names; got {names!r}")
 
     def _check_positions(self) -> None:
         limit, name = self.max_positions, self._positions_key
@@ -106,23 +123,26 @@ class RMTConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RMTConfig:
         """Inverse of `to_dict`. Raises CheckpointError on a missing, unknown or impossible entry."""
-        rmt = dict(data.get("rmt") or {})
-        if not rmt:
+        section = data.get("rmt")
+        if not section:
             raise CheckpointError(
                 "config.json has no `rmt` section: it is a backbone's config, not a converted checkpoint; "
                 "run `rmt-engine convert` first"
             )
+        if not isinstance(section, Mapping):
+            raise CheckpointError(f"config.json, section rmt: expected an object, got {type(section).__name__}")
+        rmt = dict(section)
         version = rmt.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise CheckpointError(f"config.json has rmt.format_version={version!r}; this engine reads {FORMAT_VERSION}")
         backbone = {key: value for key, value in data.items() if key != "rmt"}
-        if "model_type" not in backbone:
+        if not isinstance(backbone.get("model_type"), str):
             raise CheckpointError("config.json has no model_type: the backbone's family is unknown")
-        for key in ("drop_ids", "stop_ids"):
-            rmt[key] = tuple(rmt.get(key) or ())
         try:
+            for key in ("drop_ids", "stop_ids"):
+                rmt[key] = tuple(rmt.get(key) or ())
             return cls(backbone=backbone, **rmt)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(f"config.json, section rmt: {error}") from error
 
     @classmethod
@@ -132,7 +152,7 @@ class RMTConfig:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{folder} holds no config.json: it is not a converted checkpoint") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         if not isinstance(data, dict):
             raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
