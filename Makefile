@@ -1,0 +1,68 @@
+# Everything runs in .venv, which `make setup` makes. To use the active environment instead: make test PYTHON=python
+
+ifdef PYTHON
+PY := $(PYTHON)
+READY := build/ready$(subst /,-,$(shell $(PYTHON) -c 'import sys; print(sys.prefix)'))
+else
+PY := .venv/bin/python
+READY := .venv/.ready
+VENV := .venv/bin/pip
+endif
+
+ARGS ?=
+CXX_SOURCES := $(wildcard csrc/*.[ch]pp)
+BUILT_FROM := pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
+CLANG_FORMAT = "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"/clang-format
+
+is_new_enough = -c 'import sys; sys.exit(sys.version_info < (3, 10))'
+has_headers = -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'
+has_compiler = set -- $${CXX:-g++} && command -v "$$1"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-native lint format clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "PYTHON=... on any of them uses that interpreter's environment in place of .venv"
+
+setup: $(READY) ## Make .venv, build the extension, install what is needed
+
+.venv/bin/pip:
+	@command -v python3 >/dev/null || { echo "no python3 on the PATH: rmt-engine needs Python 3.10 or newer" >&2; exit 1; }
+	@python3 $(is_new_enough) || { echo "$$(python3 --version) is too old: rmt-engine needs 3.10 or newer." \
+	  "If you have one under another name: python3.12 -m venv .venv && make setup" >&2; exit 1; }
+	python3 -m venv .venv
+
+$(READY): $(BUILT_FROM) | $(VENV)
+	@$(PY) $(is_new_enough) || { echo "$(PY) is $$($(PY) --version 2>&1): rmt-engine needs Python 3.10 or newer" >&2; exit 1; }
+	@$(has_compiler) >/dev/null || { echo "no C++ compiler ($${CXX:-g++}): the extension needs one that knows C++17;" \
+	  "Debian and Ubuntu: apt install g++; or name yours: make setup CXX=clang++" >&2; exit 1; }
+	@$(PY) $(has_headers) 2>/dev/null || { echo "no Python.h for $$($(PY) --version): the extension needs Python's headers;" \
+	  "Debian and Ubuntu: apt install python3-dev" >&2; exit 1; }
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@mkdir -p $(@D) && touch $@
+
+run: setup ## Read 2,000,000 tokens with a fact hidden in them, and ask for it
+	$(PY) examples/two_million_tokens.py
+
+test: setup ## Run every test that needs no GPU; ARGS='-k stream' goes to pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not gpu' $(ARGS)
+
+test-native: ## Run the C++ tests alone; SANITIZE=address,undefined or SANITIZE=thread
+	$(MAKE) -C csrc test
+
+lint: setup ## Check style and types: ruff, mypy, clang-format
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(CLANG_FORMAT) --dry-run -Werror $(CXX_SOURCES) $(wildcard csrc/tests/*.[ch]pp)
+
+format: setup ## Format Python and C++ in place
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+	$(CLANG_FORMAT) -i $(CXX_SOURCES) $(wildcard csrc/tests/*.[ch]pp)
+
+clean: ## Remove what was built; .venv and run/ stay
+	rm -rf build dist *.egg-info rmt_engine/_C.*.so .venv/.ready
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
