@@ -18,11 +18,16 @@ using namespace py::literals;
 namespace rmt {
 namespace {
 
+// Set as the module loads: a lazy static that runs Python could deadlock between its own lock and the GIL.
+unsigned long main_thread = 0;
+
+void remember_main_thread() {
+  main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+}
+
 // Python runs signal handlers in its main thread only; the others need not take the GIL to learn of no signal, which
 // would also be unsafe for a daemon thread while the interpreter ends.
 Poll signal_poll() {
-  static const auto main_thread =
-      py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
   if (PyThread_get_thread_ident() != main_thread) return {};
   return [] {
     const py::gil_scoped_acquire gil;
@@ -220,6 +225,7 @@ void bind_stream(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Token files and pushed tokens, cut into segments ahead of the compute.";
+  rmt::remember_main_thread();
   rmt::register_errors(m);
   rmt::bind_sources(m);
   rmt::bind_stream(m);

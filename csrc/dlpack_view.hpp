@@ -147,11 +147,14 @@ inline TensorView view_buffer(py::handle array) {
   auto* info = new py::buffer_info(py::reinterpret_borrow<py::buffer>(array).request());
   std::shared_ptr<void> owner(info, [](py::buffer_info* i) { delete i; });
   const auto type = detail::type_from_format(info->format, info->itemsize);
-  if (!type) throw ArgumentError("expected a buffer of native integers, came format \"" + info->format + "\"");
+  if (!type || info->itemsize < 1)
+    throw ArgumentError("expected a buffer of native integers, came format \"" + info->format + "\"");
   TensorView view{static_cast<const char*>(info->ptr), {}, {}, *type, {dlpack::kCPU, 0}, std::move(owner)};
   for (size_t i = 0; i < info->shape.size(); ++i) {
+    // A field of a struct array, say: its elements lie at no multiple of their size.
+    if (info->strides[i] % info->itemsize != 0) throw ArgumentError("expected a contiguous buffer, came a strided one");
     view.shape.push_back(info->shape[i]);
-    view.strides.push_back(info->strides[i] / std::max<py::ssize_t>(info->itemsize, 1));
+    view.strides.push_back(info->strides[i] / info->itemsize);
   }
   return view;
 }

@@ -65,7 +65,7 @@ std::optional<Segment> SegmentStream::next(const Poll& poll) {
   Lock lock(mutex_);
   released_ = taken_;
   memory_->released = true;
-  not_full_.notify_one();
+  if (half_free()) not_full_.notify_one();
   const auto ready = [&] { return taken_ < published_ || finished_ || stopping_; };
   if (!ready()) {
     const auto start = Clock::now();
@@ -148,12 +148,14 @@ bool SegmentStream::look_ahead(size_t size) {
   }
 }
 
+// A reader that found the ring full sleeps until half of it is free, so that it is not woken for every segment.
+bool SegmentStream::half_free() const { return published_ - released_ <= slots_.size() / 2; }
+
 size_t SegmentStream::wait_for_slot() {
   Lock lock(mutex_);
-  const auto free = [&] { return published_ - released_ < slots_.size() || stopping_; };
-  if (!free()) {
+  if (published_ - released_ == slots_.size() && !stopping_) {
     const auto start = Clock::now();
-    not_full_.wait(lock, free);
+    not_full_.wait(lock, [&] { return half_free() || stopping_; });
     stats_.reader_wait_seconds += seconds_since(start);
   }
   if (stopping_) throw Stopped(kStoppedEarly);

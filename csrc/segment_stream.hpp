@@ -72,6 +72,7 @@ class SegmentStream {
 
   void run();
   void read_segments();
+  bool half_free() const;
   size_t wait_for_slot();
   void publish(size_t size, bool last);
   size_t fill(int64_t* ids, size_t done, size_t wanted);

@@ -72,6 +72,21 @@ TEST("file: longer than a piece, read by odd amounts, by two readers at once") {
   CHECK(read_all(*source, 1) == ids);
 }
 
+TEST("file: the end of 5 GiB is where it should be") {
+  const TempFile file("t.bin", "");
+  const uint64_t size = uint64_t{5} << 30;
+  CHECK(::truncate(file.path.c_str(), static_cast<off_t>(size - 4)) == 0);  // sparse
+  std::FILE* end = std::fopen(file.path.c_str(), "ab");
+  const int32_t last = 12345;
+  CHECK(end && std::fwrite(&last, 4, 1, end) == 1);
+  std::fclose(end);
+  const auto source = open(file, DType::kInt32);
+  CHECK(source->size() == size / 4);
+  int32_t came[2] = {-1, -1};
+  source->read_bytes(source->size() - 2, 2, reinterpret_cast<char*>(came));
+  CHECK(came[0] == 0 && came[1] == last);
+}
+
 TEST("file: .npy names its type, and dtype must agree") {
   const std::vector<uint16_t> values{5, 6, 65535};
   const TempFile file("t.npy", npy("{'descr': '<u2', 'fortran_order': False, 'shape': (3,), }", bytes_of(values)));
