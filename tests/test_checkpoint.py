@@ -263,7 +263,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for place in ("save_file", "_flush", "_put"):
+    for place in ("save_file", "_sync", "_put"):
         monkeypatch.setattr(f"rmt_engine.checkpoint.conversion.{place}", full)
         with pytest.raises(OSError, match=r"No space"):
             convert(path, tmp_path / "out", base, segment_size=S + 1, force=True)

@@ -79,6 +79,7 @@ def convert(
 
 def write_folder(target: Path, config: RMTConfig, weights: Mapping[str, Tensor], tokenizer: Path | None = None) -> None:
     """Write a converted folder, replacing `target` in one step. tokenizer: the folder to take its files from."""
+    target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     made = target.parent / f".{target.name}.{os.getpid()}.new"
     made.mkdir()
@@ -88,8 +89,10 @@ def write_folder(target: Path, config: RMTConfig, weights: Mapping[str, Tensor],
         config.save(made)
         tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(tensors, made / "model.safetensors", {"format": "pt"})
-        _flush(made)
+        for path in [*made.iterdir(), made]:
+            _sync(path)
         _put(made, target)
+        _sync(target.parent)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -111,14 +114,13 @@ def _check_target(target: Path, force: bool) -> None:
         raise ValueError(f"{target} {what}: {advice}")
 
 
-def _flush(folder: Path) -> None:
-    """Everything in `folder` reaches the disk before it gets its name."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync(path: Path) -> None:
+    """A file, or a folder's list of names, reaches the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _put(made: Path, target: Path) -> None:
