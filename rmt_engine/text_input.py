@@ -134,8 +134,9 @@ def tokenize_stream(
     """The ids of a text, int64 arrays [N] in order, together exactly `tokenizer.encode` of the whole text.
 
     `source` is a path, "-", a binary file object or an iterable of bytes of any sizes. A file object stays open.
+    From a `position` on, a path is read from its offset; any other source must begin there.
     Raises TokenizerError at once for a tokenizer that cannot be cut; InputError, here or from the iterator at the place
-    where it happens, for what cannot be read. To go on from a `position`, give the source from `position.offset` on.
+    where it happens, for what cannot be read.
     """
     return TokenStream(tokenizer, source, errors, read_bytes, ahead, position or TextPosition())
 
@@ -156,7 +157,7 @@ class TokenStream(Iterator[np.ndarray]):
         self._done = False
         text = tokenizer.incremental(position.held_text, position.continued)
         decoder = Utf8Decoder(errors, position.held_bytes, position.offset)
-        reads = _reads(source, read_bytes, self._stop)
+        reads = _reads(source, read_bytes, position.offset, self._stop)
         # The thread must not hold this object, or dropping it would not end the thread.
         arguments = (_tokenize(reads, decoder, text), self._queue, self._stop)
         self._thread = threading.Thread(target=_run_ahead, args=arguments, name="rmt-tokenizer", daemon=True)
@@ -234,13 +235,26 @@ def _tokenize(reads: Iterator[bytes], decoder: Utf8Decoder, text: IncrementalTok
     yield _Tokens(ids, TextPosition(decoder.offset))
 
 
-def _reads(source: Source, read_bytes: int, stop: threading.Event) -> Iterator[bytes]:
+def _reads(source: Source, read_bytes: int, offset: int, stop: threading.Event) -> Iterator[bytes]:
     """Non-empty bytes objects, until the end. Opens a path now, so that its errors come before any thread."""
     if isinstance(source, str | Path):
-        return _read_file(open_text(source), read_bytes, stop, close=True)
+        file = open_text(source)
+        if offset and str(source) != "-":
+            _skip(file, offset, str(source))
+        return _read_file(file, read_bytes, stop, close=True)
     if hasattr(source, "read"):
         return _read_file(cast(BinaryIO, source), read_bytes, stop, close=False)
     return (data for data in source if data)
+
+
+def _skip(file: BinaryIO, offset: int, name: str) -> None:
+    size = file.seek(0, io.SEEK_END)
+    if size < offset:
+        file.close()
+        raise InputError(
+            f"expected at least {offset:,} bytes in {name}, found {size:,}; the text was another one before"
+        )
+    file.seek(offset)
 
 
 def _read_file(file: BinaryIO, read_bytes: int, stop: threading.Event, close: bool) -> Iterator[bytes]:

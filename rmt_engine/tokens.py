@@ -224,10 +224,11 @@ def _convert_slow_files(folder: Path) -> str:
     from transformers import AutoTokenizer  # seconds: only where it is needed
 
     try:
-        return str(AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
+        return str(AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str())
     except Exception as error:  # whatever a converter raises, the remedy is the same
+        words = " ".join(str(error).split())
         raise TokenizerError(
-            f"transformers cannot convert the tokenizer files in {folder}: {error}; save a tokenizer.json there"
+            f"transformers cannot convert the tokenizer files in {folder}: {words}; save a tokenizer.json there"
         ) from error
 
 

@@ -15,9 +15,9 @@ from tokenizers import (
     trainers,
 )
 
-GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 O200K_WORDS = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -26,10 +26,33 @@ O200K_WORDS = (
 )
 
 # What random texts are made of: words, every kind of white space, and all that is hard to cut around.
-WORDS = ["a", "the", "don't", "I'LL", "def", "x1", "1234567", "3.14", "Zürich", "слово", "中文", "한국어", "ไทย", "\u1112\u1161"]
-WHITES = list(" \t\n\r\x0b\x0c\x85\xa0\u1680\u2003\u2028\u202f\u205f\u3000") + ["\r\n", "  ", "\n\n", " \n "]
-SIGNS = list("'.,_-/()\x00\x1c\u200b\u200d\ufeff\u0301\u094d\u2581\u3002\uff0c\uff01\u2026") + ["'s", "'re", "\U0001f600", "a\ufe0f"]
-LETTERS = list("\u0130\u00e9\u00aa\u00bd\u2160\u2460\u2474\u3220\u0958\u0915\u093c\u037a\u1e9e\u017f\ufb01\u0d4e\u0e33\U00016d67")
+WORDS = [
+    "a",
+    "the",
+    "don't",
+    "I'LL",
+    "def",
+    "x1",
+    "1234567",
+    "3.14",
+    "Zürich",
+    "слово",
+    "中文",
+    "한국어",
+    "ไทย",
+    "ᄒ\u1161",
+]
+WHITES = [*" \t\n\r\x0b\x0c\x85\xa0\u1680\u2003\u2028\u202f\u205f\u3000", "\r\n", "  ", "\n\n", " \n "]
+SIGNS = [
+    *"'.,_-/()\x00\x1c\u200b\u200d\ufeff\u0301\u094d\u2581\u3002\uff0c\u2026",
+    "'s",
+    "'re",
+    "\U0001f600",
+    "a\ufe0f",
+]
+LETTERS = [
+    *"\u0130\u00e9\u00aa\u00bd\u2160\u2460\u2474\u3220\u0958\u0915\u093c\u037a\u1e9e\u017f\ufb01\u0d4e\U00016d67"
+]
 ADDED = ["<s>", "</s>", "<mask>", "  ", "\n\t", "[SEP]"]
 ATOMS = WORDS * 3 + [" "] * 20 + WHITES * 2 + SIGNS + LETTERS + ADDED
 
@@ -50,7 +73,9 @@ def _sequence(kind: object, parts: list) -> object:
     return parts[0] if len(parts) == 1 else kind.Sequence(parts)  # type: ignore[attr-defined]
 
 
-def byte_level(normalizer: object = None, pattern: str | None = None, first: object = None, **options: bool) -> Tokenizer:
+def byte_level(
+    normalizer: object = None, pattern: str | None = None, first: object = None, **options: bool
+) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     if normalizer is not None:
         tokenizer.normalizer = normalizer
@@ -61,7 +86,9 @@ def byte_level(normalizer: object = None, pattern: str | None = None, first: obj
     tokenizer.pre_tokenizer = _sequence(pre_tokenizers, parts)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=1500, show_progress=False, initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        corpus(), trainers.BpeTrainer(vocab_size=1500, show_progress=False, initial_alphabet=alphabet)
+    )
     tokenizer.add_special_tokens([AddedToken("<s>"), AddedToken("<mask>", lstrip=True, rstrip=True)])
     tokenizer.add_tokens([AddedToken("  ", normalized=True), AddedToken("\n\t", normalized=False)])
     return tokenizer
@@ -86,7 +113,9 @@ def unigram(scheme: str, normalizer: object = None) -> Tokenizer:
         tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    trainer = trainers.UnigramTrainer(vocab_size=400, show_progress=False, special_tokens=["<unk>", "<s>"], unk_token="<unk>")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400, show_progress=False, special_tokens=["<unk>", "<s>"], unk_token="<unk>"
+    )
     tokenizer.train_from_iterator(corpus()[:20], trainer)
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])
     return tokenizer
