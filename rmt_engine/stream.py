@@ -73,7 +73,7 @@ class Stream:
         """Folds the unfinished rest as a short segment."""
         self._flush_text()
         if len(self.rest):
-            self._fold(self.rest)
+            self.fold(self.rest)
             self.rest = self.rest[:0]
 
     def fork(self) -> Stream:
@@ -160,14 +160,15 @@ class Stream:
         start = 0
         while len(waiting) - start > self._next_size():
             size = self._next_size()
-            self._fold(waiting[start : start + size])
+            self.fold(waiting[start : start + size])
             start += size
         self.rest = waiting[start:].copy()
 
     def _next_size(self) -> int:
         return self.cut.size if self.segments else self.cut.first
 
-    def _fold(self, ids: np.ndarray) -> None:
+    def fold(self, ids: np.ndarray) -> None:
+        """Folds one whole segment of checked ids [L] into the memory; `feed` is the way in for everything else."""
         self.state = self.engine.executor.fold(self._tensor(ids), self.state)
         self.segments += 1
         self.folded += len(ids)
