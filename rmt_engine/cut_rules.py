@@ -348,6 +348,8 @@ def _prove_from_vocabulary(model: dict[str, Any], space: str) -> None:
 def _check_added_token(token: dict[str, Any], content: str, rule: CutRule) -> None:
     """Refuse an added token that could lie across a cut, or that looks at white space across one."""
     name = f"its added token {token['content']!r}"
+    if not content:
+        raise Uncuttable(f"{name} is normalized to nothing, which tokenizers cannot split at")
     letter = r"\S" if rule.kind == "words" else _LETTER
     if re.search(rf"{letter}[\s\u2581{_CJK_STOPS}]", content):
         raise Uncuttable(f"{name} contains a place where texts are cut")

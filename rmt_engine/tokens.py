@@ -95,7 +95,10 @@ class Tokenizer:
         return rule
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of the whole text, int64 [N]; no special tokens added. Raises InputError for a lone surrogate."""
+        """The ids of the whole text, int64 [N]; no special tokens added.
+
+        Raises InputError for a lone surrogate, TokenizerError where the tokenizers library itself fails.
+        """
         return self.encode_pieces([text])
 
     def encode_pieces(self, pieces: Sequence[str]) -> np.ndarray:
@@ -104,6 +107,10 @@ class Tokenizer:
             encodings = self.backend.encode_batch_fast(pieces, add_special_tokens=False)
         except TypeError:
             raise InputError(_lone_surrogate("".join(pieces))) from None
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # a Rust panic, which is no Exception
+                raise
+            raise TokenizerError(f"the tokenizers library failed with the tokenizer {self.origin}: {error}") from error
         if not encodings:
             return np.empty(0, dtype=np.int64)
         return np.concatenate([np.array(encoding.ids, dtype=np.int64) for encoding in encodings])

@@ -202,6 +202,11 @@ REFUSED = {
         added("X\u3000Y", normalized=True),
         "contains a place where texts are cut",
     ),
+    "added, stripped away": (
+        "gpt2",
+        put(normalizer={"type": "Strip", "strip_left": False, "strip_right": True}),
+        "its added token '  ' is normalized to nothing",
+    ),
     "added, rstrip": ("gpt2", added("EOT", rstrip=True), r"takes the white space after it \(rstrip\)"),
     "added, single word": ("gpt2", added("   ", single_word=True), "is single_word, and looks at the character before"),
     "added, prepended": ("llama2", added("foo"), "begins or ends with a letter, next to a space that the normalizer"),
@@ -226,6 +231,20 @@ def test_added_tokens_that_are_safe_are_taken() -> None:
         for _ in range(200):
             atoms = generator.choices(["<x>", "<y>", "foo", " ", "\n", "a", ".", "\u3002"], k=10)
             assert in_pieces(tokenizer.incremental(), atoms) == whole(tokenizer, "".join(atoms))
+
+
+def test_a_panic_of_the_library_is_a_tokenizer_error() -> None:
+    class PanicException(BaseException):  # what pyo3 raises, by name
+        pass
+
+    class Backend:
+        def encode_batch_fast(self, pieces: list[str], add_special_tokens: bool) -> None:
+            raise PanicException("bad split")
+
+    tokenizer = changed("gpt2", put())
+    tokenizer.backend = Backend()
+    with pytest.raises(TokenizerError, match=r"the tokenizers library failed with the tokenizer t\.json: bad split"):
+        tokenizer.encode("a b")
 
 
 # ------------------------------------------------------------------------------------- held text, its cap, state
