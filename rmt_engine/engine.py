@@ -78,7 +78,8 @@ class Engine:
         _dtype(dtype, _device(device))  # a mistake here is told before gigabytes are read
         path = EMBEDDED if path_or_name is None else path_or_name
         config, weights = checkpoint.load(path, **checkpoint_arguments)
-        tokenizer = checkpoint.load_tokenizer(path, **checkpoint_arguments)
+        folder = checkpoint.tokenizer_folder(path, checkpoint_arguments.get("base"))
+        tokenizer = None if folder is None else Tokenizer.from_folder(folder)
         return cls.from_weights(config, weights, tokenizer, device=device, dtype=dtype, backend=backend)
 
     @classmethod

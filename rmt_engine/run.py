@@ -128,9 +128,7 @@ class _Clock:
         early, late = (1e3 * statistics.median(times) if times else None for times in (self.early, self.late))
         seconds = time.perf_counter() - self.start
         segments = stream.segments + 1  # the rest is the last one
-        return Summary(
-            stream.position, segments, seconds, early, late, self.memory_early, resident_bytes(), stream
-        )
+        return Summary(stream.position, segments, seconds, early, late, self.memory_early, resident_bytes(), stream)
 
 
 def resident_bytes() -> int | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rmt_engine.layouts import Cut
 from rmt_engine.sampling import generate
+from rmt_engine.tokens import IncrementalTokenizer
 
 if TYPE_CHECKING:
     from rmt_engine.engine import Engine
@@ -39,7 +40,7 @@ class Stream:
         self.rest = np.empty(0, dtype=np.int64)
         self.segments = 0
         self.folded = 0
-        self._text = None  # the incremental tokenizer, made when text comes
+        self._text: IncrementalTokenizer | None = None  # made when text comes
 
     def __enter__(self) -> Stream:
         return self
@@ -146,9 +147,8 @@ class Stream:
             raise ValueError(f"expected 1-D integer token ids, got {array.dtype} {list(array.shape)}")
         wrong = np.flatnonzero((array < 0) | (array >= self.engine.vocab_size))
         if len(wrong):
-            raise ValueError(
-                f"token id {array[wrong[0]]} at place {wrong[0]} is outside 0..{self.engine.vocab_size - 1} (vocab_size)"
-            )
+            last = self.engine.vocab_size - 1
+            raise ValueError(f"token id {array[wrong[0]]} at place {wrong[0]} is outside 0..{last} (vocab_size)")
         return array.astype(np.int64)
 
     def _read(self, ids: np.ndarray) -> None:

@@ -13,7 +13,5 @@ MODEL_TYPES = ("gpt2", "llama", "bert")
 def module_of(model_type: str) -> ModuleType:
     """The backbone's module: `parameter_shapes`, `TIED`, `IGNORED` and `build`."""
     if model_type not in MODEL_TYPES:
-        raise CheckpointError(
-            f"no backbone for model_type {model_type!r}; this engine runs {', '.join(MODEL_TYPES)}"
-        )
+        raise CheckpointError(f"no backbone for model_type {model_type!r}; this engine runs {', '.join(MODEL_TYPES)}")
     return importlib.import_module(f"rmt_engine.backbones.{model_type}")

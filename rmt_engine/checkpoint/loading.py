@@ -67,6 +67,12 @@ def is_converted(path: Path) -> bool:
     return path.is_dir() and config.is_file() and "rmt" in read_json(config)
 
 
+def tokenizer_folder(path: str | Path, base: str | Path | None = None) -> Path | None:
+    """The folder whose tokenizer belongs to what `load` would load, or None where there is none."""
+    folder = hf.locate(path) if base is None else hf.locate(base, hf.BASE_PATTERNS)
+    return folder if folder.is_dir() and hf.has_tokenizer(folder) else None
+
+
 def _load_converted(folder: Path) -> tuple[RMTConfig, dict[str, Tensor]]:
     config = RMTConfig.from_folder(folder)
     container = read_tensors(folder)

@@ -14,7 +14,7 @@ from rmt_kernels.weights import Norm
 
 @dataclass(frozen=True)
 class Embeddings:
-    """tokens [V, E]; positions [P, E] or None; token_type [E] added to every row or None; norm after the sum or None."""
+    """tokens [V, E]; positions [P, E], token_type [E] (added to every row) and the norm after the sum, or None."""
 
     tokens: Tensor
     positions: Tensor | None = None

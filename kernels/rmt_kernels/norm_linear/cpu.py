@@ -32,5 +32,6 @@ def plan(layer: Linear, norm: Norm | None, activation: Activation) -> Callable[[
         packed = PackedLinear(layer, activation)
         return lambda x: packed(normalize(x))
     packed = PackedLinear(layer, "none")
-    apply = {"swiglu": _swiglu, "silu": F.silu, "tanh": torch.tanh}[activation]
+    functions: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": _swiglu, "silu": F.silu, "tanh": torch.tanh}
+    apply = functions[activation]
     return lambda x: apply(packed(normalize(x)))

@@ -30,9 +30,7 @@ class CausalMasks:
 def plan(spec: AttentionSpec) -> SegmentAttention:
     groups, mask_of = spec.heads // spec.kv_heads, CausalMasks()
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, *, length: int, start: int = 0, cache: KVCache | None = None
-    ) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, length: int, start: int = 0, cache: KVCache | None = None) -> Tensor:
         past = 0 if cache is None else cache.length
         queries = rotate(heads(q, spec.head_dim), spec.rope, past + start)
         keys = rotate(heads(k, spec.head_dim), spec.rope, past)[:, :, :length]

@@ -23,9 +23,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor] | None, start: int) -> Tensor:
 
 
 def plan(spec: AttentionSpec) -> SegmentAttention:
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, *, length: int, start: int = 0, cache: KVCache | None = None
-    ) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, length: int, start: int = 0, cache: KVCache | None = None) -> Tensor:
         past = 0 if cache is None else cache.length
         queries = rotate(heads(q, spec.head_dim).float(), spec.rope, past + start)
         keys = rotate(heads(k, spec.head_dim).float(), spec.rope, past)[:, :, :length]

@@ -1,0 +1,144 @@
+"""The command line: what can be said, and the exit code of everything that can go wrong."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rmt_engine.errors import RMTError
+
+USAGE, OUT_OF_MEMORY, INTERRUPTED = 2, 4, 130
+EPILOG = "exit codes: 0 done, 1 failed, 2 usage, 3 bad checkpoint or state file, 4 out of memory, 130 interrupted"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code. Results go to stdout, everything else to stderr."""
+    options = parser().parse_args(arguments)
+    from rmt_engine import commands  # torch comes with it: not before it is known that there is work to do
+
+    try:
+        return int(getattr(commands, options.command)(options))
+    except RMTError as error:
+        return _fail(str(error), error.exit_code)
+    except ValueError as error:
+        return _fail(str(error), USAGE)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # who read our output has left: nothing to say, and nobody to say it to
+        return 1
+    except OSError as error:
+        return _fail(str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not commands.is_out_of_memory(error):
+            raise
+        return _fail("out of memory: give fewer or shorter segments at once, or a smaller dtype", OUT_OF_MEMORY)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"rmt-engine: {message}", file=sys.stderr)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command and option."""
+    top = argparse.ArgumentParser(
+        prog="rmt-engine", description="Reads inputs of any length with Recurrent Memory Transformers.", epilog=EPILOG
+    )
+    top.add_argument("--version", action="version", version=f"rmt-engine {_version()}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_run(commands)
+    _add_convert(commands)
+    _add_inspect(commands)
+    return top
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("rmt-engine")
+    except PackageNotFoundError:  # run from a source tree that was not installed
+        return "0+source"
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = commands.add_parser("run", help="read an input segment by segment, then answer", epilog=EPILOG)
+    run.add_argument(
+        "--input", required=True, metavar="FILE", help="text in UTF-8, - for stdin, or a token file (.npy, .bin)"
+    )
+    run.add_argument("--ask", action="append", default=[], metavar="Q", help="a question after the text; repeatable")
+    run.add_argument("--generate", type=_count, metavar="N", help="continue the text by at most N tokens")
+    run.add_argument(
+        "--max-new-tokens", type=_count, default=16, metavar="N", help="longest answer to --ask (default: 16)"
+    )
+    run.add_argument("--errors", choices=("strict", "replace"), default="strict", help="bytes that are not UTF-8")
+    run.add_argument("--token-dtype", metavar="T", help="type of a raw token file: uint16, uint32, int32, int64")
+    run.add_argument("--max-n-segments", type=_count, metavar="N", help="read only the first N segments of tokens")
+    run.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_model(run)
+    _add_machine(run)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    model = command.add_argument_group("checkpoint")
+    model.add_argument(
+        "--model", metavar="DIR", help="converted folder, authors' file or hub id (default: the embedded one)"
+    )
+    _add_checkpoint(model)
+
+
+def _add_checkpoint(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    group.add_argument("--base", metavar="DIR", help="backbone's Hugging Face folder, for the authors' files")
+    group.add_argument("--segment-size", type=_count, metavar="N", help="text tokens of a segment")
+    group.add_argument("--input-size", type=_count, metavar="N", help="all rows of a segment, instead of the former")
+    group.add_argument("--alignment", choices=("left", "right", "center"), help="where the short segment goes")
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    machine = command.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    machine.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    machine.add_argument("--backend", default="auto", choices=("auto", "ref", "cpu", "triton", "cuda"))
+    machine.add_argument("--executor", default="auto", choices=("auto", "eager"))
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = commands.add_parser("convert", help="make a self-contained folder of the authors' files", epilog=EPILOG)
+    convert.add_argument("source", metavar="SRC", help="file or folder that the authors' code wrote")
+    convert.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    _add_checkpoint(convert)
+    convert.add_argument("--ask-template", metavar="T", help="how a question is put; holds {question}")
+    convert.add_argument("--stop-ids", type=_ids, metavar="I,J", help="token ids that end an answer")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="store in this type")
+    convert.add_argument("--force", action="store_true", help="replace an existing converted folder")
+    convert.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    inspect = commands.add_parser("inspect", help="say what a file or folder is, and how to run it", epilog=EPILOG)
+    inspect.add_argument("path", metavar="PATH")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _count(text: str) -> int:
+    """A whole number above zero."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return number
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected token ids like 50256 or 1,2; got {text!r}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

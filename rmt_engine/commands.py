@@ -1,0 +1,153 @@
+"""What each command does, and how its results are printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+from rmt_engine import checkpoint
+from rmt_engine.engine import DTYPES, Engine
+from rmt_engine.progress import finish, human, mebibytes
+from rmt_engine.run import EARLY_TOKENS, SAMPLE, Summary
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def run(options: argparse.Namespace) -> int:
+    """`rmt-engine run`: reads the input to its end, then prints what was asked for and the summary."""
+    engine = Engine.from_pretrained(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        backend=options.backend,
+        executor=options.executor,
+        base=options.base,
+        segment_size=options.segment_size,
+        input_size=options.input_size,
+        alignment=options.alignment,
+    )
+    _check_questions(engine, options)
+    events = engine.run(
+        options.input,
+        token_dtype=options.token_dtype,
+        errors=options.errors,
+        max_n_segments=options.max_n_segments,
+    )
+    result = _result(finish(events, str(options.input)), options)
+    print(json.dumps(result, ensure_ascii=False) if options.json else _text(result, engine, options))
+    return 0
+
+
+def _check_questions(engine: Engine, options: argparse.Namespace) -> None:
+    """Tells before hours of reading what can never be answered after them."""
+    decoder = engine.config.family == "decoder"
+    if not decoder and (options.ask or options.generate):
+        raise ValueError("this checkpoint is a classifier: it prints labels; leave out --ask and --generate")
+    for question in options.ask:
+        ids = engine.tokenizer.encode(engine.config.ask_template.replace("{question}", question))
+        if len(ids) > engine.config.segment_size:
+            raise ValueError(f"--ask {question!r} has {len(ids)} tokens; a segment holds {engine.config.segment_size}")
+        engine.check_answer_fits(len(ids), options.max_new_tokens)
+    if options.generate:
+        engine.tokenizer  # noqa: B018 - raises where there is none
+        engine.check_answer_fits(1, options.generate)
+
+
+def _result(summary: Summary, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything a run found, as `--json` prints it."""
+    stream = summary.stream
+    result: dict[str, Any] = {
+        "input": str(options.input),
+        "tokens": summary.tokens,
+        "segments": summary.segments,
+        "seconds": round(summary.seconds, 3),
+        "tokens_per_second": round(summary.tokens_per_second),
+        "segment_ms_early": summary.ms_early,
+        "segment_ms_late": summary.ms_late,
+        "rss_anon_early": summary.memory_early,
+        "rss_anon_late": summary.memory_late,
+    }
+    if stream.engine.config.family == "encoder_classifier":
+        result["labels"] = [{"label": name, "score": score} for name, score in stream.classify()]
+    if options.ask:
+        result["answers"] = [
+            {"question": q, "answer": stream.ask(q, options.max_new_tokens).strip()} for q in options.ask
+        ]
+    if options.generate:
+        result["generated"] = stream.generate(options.generate)
+    return result
+
+
+def _text(result: dict[str, Any], engine: Engine, options: argparse.Namespace) -> str:
+    lines = [
+        f"{result['tokens']:,} tokens in {result['segments']:,} segments: {result['seconds']:.1f} s, "
+        f"{result['tokens_per_second']:,} tokens/s",
+        f"memory state: {engine.config.num_mem_tokens} × {engine.executor.initial.shape[1]}, the same at any length",
+    ]
+    if result["segment_ms_early"] is not None and result["segments"] > 2 * SAMPLE:
+        lines.append(
+            f"time per segment: {result['segment_ms_early']:.3f} ms over the first {SAMPLE:,}, "
+            f"{result['segment_ms_late']:.3f} ms over the last {SAMPLE:,} (medians)"
+        )
+    if result["rss_anon_early"] is not None and result["rss_anon_late"] is not None:
+        lines.append(
+            f"RssAnon: {mebibytes(result['rss_anon_early'])} at {human(EARLY_TOKENS)} tokens, "
+            f"{mebibytes(result['rss_anon_late'])} at {human(result['tokens'])}"
+        )
+    lines += [f"{entry['score']:.4f}  {entry['label']}" for entry in result.get("labels", [])]
+    lines += [f"{entry['question']}  {entry['answer']}" for entry in result.get("answers", [])]
+    if "generated" in result:
+        lines.append(result["generated"])
+    if engine.config.family == "decoder" and not options.ask and not options.generate:
+        lines.append('ask about it: add --ask "…"; continue it: --generate N')
+    return "\n".join(lines)
+
+
+def convert(options: argparse.Namespace) -> int:
+    """`rmt-engine convert`: the authors' files -> a folder that needs no argument."""
+    done = checkpoint.convert(
+        options.source,
+        options.out,
+        options.base,
+        segment_size=options.segment_size,
+        input_size=options.input_size,
+        alignment=options.alignment,
+        ask_template=options.ask_template,
+        stop_ids=options.stop_ids,
+        dtype=None if options.dtype is None else DTYPES[options.dtype],
+        force=options.force,
+    )
+    config = done.config
+    result = {
+        "folder": str(done.folder),
+        "family": config.family,
+        "model_type": config.model_type,
+        "num_mem_tokens": config.num_mem_tokens,
+        "segment_size": config.segment_size,
+        "alignment": config.alignment,
+        "parameters": done.parameters,
+        "bytes": done.size,
+        "files": list(done.files),
+    }
+    print(json.dumps(result, ensure_ascii=False) if options.json else _table(result))
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """`rmt-engine inspect`: what a path is. Exit code 3 for what cannot be run and cannot be converted."""
+    report = checkpoint.inspect(options.path)
+    if not options.json:
+        report.pop("shapes", None)
+    print(json.dumps(report, ensure_ascii=False) if options.json else _table(report))
+    return 3 if report["error"] else 0
+
+
+def _table(values: dict[str, Any]) -> str:
+    wide = max(len(key) for key in values)
+    shown = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in values.items()}
+    return "\n".join(f"{key.replace('_', ' '):<{wide}}  {value}" for key, value in shown.items() if value is not None)
