@@ -2,7 +2,7 @@
 
 ifdef PYTHON
 PY := $(PYTHON)
-READY := build/ready$(subst /,-,$(shell $(PYTHON) -c 'import sys; print(sys.prefix)'))
+READY := build/ready$(subst /,-,$(shell $(PYTHON) -c 'import sys; print(sys.prefix)' 2>/dev/null))
 else
 PY := .venv/bin/python
 READY := .venv/.ready
@@ -34,6 +34,7 @@ setup: $(READY) ## Make .venv, build the extension, install what is needed
 	python3 -m venv .venv
 
 $(READY): $(BUILT_FROM) | $(VENV)
+	@command -v $(PY) >/dev/null || { echo "no $(PY): PYTHON names the interpreter of the active environment" >&2; exit 1; }
 	@$(PY) $(is_new_enough) || { echo "$(PY) is $$($(PY) --version 2>&1): rmt-engine needs Python 3.10 or newer" >&2; exit 1; }
 	@$(has_compiler) >/dev/null || { echo "no C++ compiler ($${CXX:-g++}): the extension needs one that knows C++17;" \
 	  "Debian and Ubuntu: apt install g++; or name yours: make setup CXX=clang++" >&2; exit 1; }
