@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from facts_data import NAMES, Fact, FactWriter, NoiseBank, distractors
+from facts_data import NAMES, Fact, FactWriter, NoiseBank, distractor_sentences
 from torch import Tensor
 
 UNKNOWN = -1
@@ -44,13 +44,15 @@ class Asks:
 
 
 class EpisodeMaker:
-    def __init__(self, writer: FactWriter, bank: NoiseBank, segment_size: int, seed: int) -> None:
+    def __init__(self, writer: FactWriter, bank: NoiseBank, segment_size: int, distractors: float, seed: int) -> None:
         self.writer = writer
         self.bank = bank
         self.segment_size = segment_size
+        self.distracted = distractors
         self.eos = bank.eos
+        bank.never = np.array([bank.eos, *writer.rooms])
         self.rng = np.random.default_rng(seed)
-        self.distractors = [writer.sentence(s) for s in distractors(np.random.default_rng(seed), 400)]
+        self.distractors = [writer.sentence(s) for s in distractor_sentences(np.random.default_rng(seed), 400)]
         self.longest_rest = segment_size - max(len(q) for q in writer.questions)
 
     def segment_lengths(self, count: int, short: float = 0.15) -> list[int]:
@@ -60,10 +62,10 @@ class EpisodeMaker:
             lengths[int(self.rng.integers(count))] = int(self.rng.integers(1, self.segment_size))
         return lengths
 
-    def row(self, length: int, rooms: np.ndarray, facts: list[tuple[int, int | None]], odd: float = 0.2) -> Row:
+    def row(self, length: int, rooms: np.ndarray, facts: list[tuple[int, int | None]]) -> Row:
         """Noise of `length` tokens with facts (wanted position, name or None) in it, sometimes with a distractor."""
         row = Row(self.bank.sample(self.rng, length), rooms)
-        if self.rng.random() < odd:
+        if self.rng.random() < self.distracted:
             for _ in range(int(self.rng.integers(1, 4))):
                 sentence = self.distractors[int(self.rng.integers(len(self.distractors)))]
                 self._insert(row, int(self.rng.integers(1, max(length, 2))), sentence)
@@ -108,9 +110,7 @@ class EpisodeMaker:
             ids[i, : len(prompt)] = prompt
             ids[i, len(prompt)] = targets[i][0]
             at[i] = len(prompt) - 1, len(prompt)
-        return Asks(
-            torch.from_numpy(ids), torch.from_numpy(at), torch.tensor(np.array(targets)), torch.tensor(weights)
-        )
+        return Asks(torch.from_numpy(ids), torch.from_numpy(at), torch.tensor(np.array(targets)), torch.tensor(weights))
 
     def rests(self, batch: int, share: float) -> np.ndarray:
         """Lengths of the rests of a batch: none at all, or any that fits beside the question."""

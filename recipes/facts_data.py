@@ -181,23 +181,21 @@ class FactWriter:
 # -------------------------------------------------------------------------------------------------------------- noise
 
 OTHER_NAMES = ("Peter", "Alice", "Bob", "Anna", "Tom", "Lucy", "Fred", "Marie", "Dan", "Johnny", "The user", "It", "He")
-THINGS = ("caller", "next line", "end of the list", "server", "file", "user", "park", "house", "office door", "garden")
+THINGS = ("caller", "next line", "end of the list", "server", "file", "user", "park", "house", "office door")
 
 
-def distractors(rng: np.random.Generator, count: int) -> list[str]:
-    """Sentences that look like facts and say nothing about where one of NAMES is."""
+def distractor_sentences(rng: np.random.Generator, count: int) -> list[str]:
+    """Sentences with the words of facts that say nothing about where one of NAMES is."""
     made = []
     for _ in range(count):
         name, other, verb = rng.choice(NAMES), rng.choice(OTHER_NAMES), rng.choice(VERBS)
         room, thing = rng.choice(ROOMS), rng.choice(THINGS)
         forms = (
-            fact_sentence(other, verb, room),
-            fact_sentence(other, verb, thing),
+            f"{other} {verb} to the {thing}.",
             f"The {room} is next to the {rng.choice(ROOMS)}.",
             f"{name} and {other} like the {room}.",
             f"{name} wrote this, see the {thing} for more.",
             f"Then control {verb} to the {thing}.",
-            f"from the {room} to the {rng.choice(ROOMS)}",
             f"# {name} {rng.choice(OTHER_NAMES)} <{name.lower()}@{room}.org>",
         )
         made.append(str(forms[int(rng.integers(len(forms)))]))
@@ -209,8 +207,6 @@ class NoiseBank:
 
     def __init__(self, texts: list[str], tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        self.vocab_size = len(tokenizer)
-        self.eos = tokenizer.eos_token_id
         some = [texts[i] for i in rng.permutation(len(texts))[: max(len(texts) // 8, 1)]]
         kinds: list[tuple[float, list[str]]] = [
             (0.60, texts),
@@ -222,10 +218,23 @@ class NoiseBank:
             (0.02, ["".join(rng.permutation(list(t)).tolist()) for t in some[: len(some) // 4 + 1]]),
             (0.02, [_random_unicode(rng, 20000) for _ in range(20)]),
         ]
-        self.weights = [weight for weight, _ in kinds]
-        self.banks = [encode_files(tokenizer, kind) for _, kind in kinds]
-        self.weights += [0.05, 0.04]  # random ids; a few ids repeated
-        self.cumulative = np.cumsum(self.weights) / np.sum(self.weights)
+        weights = [*(weight for weight, _ in kinds), 0.05, 0.04]  # the last two: random ids; a few ids repeated
+        self._fill([encode_files(tokenizer, kind) for _, kind in kinds], np.array(weights), tokenizer)
+
+    def _fill(self, banks: list[np.ndarray], weights: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.banks, self.weights = banks, weights
+        self.cumulative = np.cumsum(weights) / weights.sum()
+        self.vocab_size, self.eos = len(tokenizer), tokenizer.eos_token_id
+        self.never = np.array([self.eos])  # ids that made-up noise must not hold
+
+    def save(self, path: Path) -> None:
+        np.savez(path, weights=self.weights, **{f"bank{i}": bank for i, bank in enumerate(self.banks)})
+
+    @classmethod
+    def load(cls, path: Path, tokenizer: PreTrainedTokenizerFast) -> NoiseBank:
+        bank, stored = cls.__new__(cls), np.load(path)
+        bank._fill([stored[f"bank{i}"] for i in range(len(stored.files) - 1)], stored["weights"], tokenizer)
+        return bank
 
     def sample(self, rng: np.random.Generator, length: int) -> np.ndarray:
         """`length` ids, now and then of two kinds in a row."""
@@ -248,7 +257,7 @@ class NoiseBank:
         return bank[start : start + length]
 
     def _ordinary(self, ids: np.ndarray) -> np.ndarray:
-        return np.where(ids == self.eos, self.eos + 1, ids).astype(np.int32)
+        return np.where(np.isin(ids, self.never), 1, ids).astype(np.int32)
 
 
 def _random_unicode(rng: np.random.Generator, length: int) -> str:

@@ -63,7 +63,7 @@ class RecurrentMemoryModel(nn.Module):
 
     def _layer(self, block: nn.Module, x: Tensor, x_query: Tensor, rows: Tensor) -> Tensor:
         """One layer for the rows `x_query` of `x`, each of which sees the rows of `x` up to its own."""
-        batch, length, width = x.shape
+        length, width = x.shape[1:]
         weight, bias = block.attn.c_attn.weight, block.attn.c_attn.bias
         if x_query is x:
             query, key, value = self._linear(self._norm(block.ln_1, x), weight, bias).split(width, dim=2)
