@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_convert(commands)
     _add_inspect(commands)
+    _add_eval(commands)
     return top
 
 
@@ -122,15 +123,39 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    evaluate = commands.add_parser("eval", help="measure what a checkpoint's memory holds", epilog=EPILOG)
+    kinds = evaluate.add_subparsers(dest="kind", metavar="KIND", required=True)
+    retrieval = kinds.add_parser("retrieval", help="is a fact found again after so much noise?", epilog=EPILOG)
+    retrieval.add_argument(
+        "--lengths", type=_counts, default=[16_000, 128_000, 2_000_000], metavar="N,…", help="tokens, as 16k,128k,2M"
+    )
+    retrieval.add_argument(
+        "--tasks", type=lambda text: text.split(","), default=["memorize", "detect"], help="memorize,detect"
+    )
+    retrieval.add_argument("--trials", type=_count, default=100, metavar="N", help="texts a cell (default: 100)")
+    retrieval.add_argument("--slots", type=_count, default=100, metavar="N", help="texts read side by side")
+    retrieval.add_argument("--noise", metavar="PATH", help="text file or folder (default: held-out Python sources)")
+    retrieval.add_argument("--seed", type=int, default=0, metavar="N")
+    retrieval.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_model(retrieval)
+    _add_machine(retrieval)
+
+
 def _count(text: str) -> int:
-    """A whole number above zero."""
+    """A whole number above zero; 16k is 16,000 and 2M is 2,000,000."""
+    scale = {"k": 1000, "M": 1_000_000}.get(text[-1:], 1)
     try:
-        number = int(text)
+        number = int(text if scale == 1 else text[:-1]) * scale
     except ValueError:
         number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, like 512, 16k or 2M; got {text!r}")
     return number
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
 
 
 def _ids(text: str) -> list[int]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import sys
 from typing import Any
 
 import torch
 
 from rmt_engine import checkpoint
 from rmt_engine.engine import DTYPES, Engine
-from rmt_engine.progress import finish, human, mebibytes
+from rmt_engine.evaluation import retrieval
+from rmt_engine.evaluation.noise import Noise, noise_text
+from rmt_engine.progress import counting, finish, human, mebibytes
 from rmt_engine.run import EARLY_TOKENS, SAMPLE, Summary
 
 
@@ -20,17 +24,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def run(options: argparse.Namespace) -> int:
     """`rmt-engine run`: reads the input to its end, then prints what was asked for and the summary."""
-    engine = Engine.from_pretrained(
-        options.model,
-        device=options.device,
-        dtype=options.dtype,
-        backend=options.backend,
-        executor=options.executor,
-        base=options.base,
-        segment_size=options.segment_size,
-        input_size=options.input_size,
-        alignment=options.alignment,
-    )
+    engine = _engine(options)
     _check_questions(engine, options)
     events = engine.run(
         options.input,
@@ -41,6 +35,20 @@ def run(options: argparse.Namespace) -> int:
     result = _result(finish(events, str(options.input)), options)
     print(json.dumps(result, ensure_ascii=False) if options.json else _text(result, engine, options))
     return 0
+
+
+def _engine(options: argparse.Namespace) -> Engine:
+    return Engine.from_pretrained(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        backend=options.backend,
+        executor=options.executor,
+        base=options.base,
+        segment_size=options.segment_size,
+        input_size=options.input_size,
+        alignment=options.alignment,
+    )
 
 
 def _check_questions(engine: Engine, options: argparse.Namespace) -> None:
@@ -151,3 +159,38 @@ def _table(values: dict[str, Any]) -> str:
     wide = max(len(key) for key in values)
     shown = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in values.items()}
     return "\n".join(f"{key.replace('_', ' '):<{wide}}  {value}" for key, value in shown.items() if value is not None)
+
+
+def eval(options: argparse.Namespace) -> int:
+    """`rmt-engine eval retrieval`: accuracy over length, printed cell by cell."""
+    engine = _engine(options)
+    noise = Noise(noise_text(options.noise), engine.tokenizer)
+    total = retrieval.total_tokens(options.tasks, options.lengths, options.trials)
+    print(f"reading {human(total)} tokens, {options.slots} texts side by side", file=sys.stderr)
+    cells = []
+    with counting(total, "retrieval") as on_step:
+        for cell in retrieval.evaluate(
+            engine,
+            noise,
+            tasks=options.tasks,
+            lengths=options.lengths,
+            trials=options.trials,
+            slots=options.slots,
+            seed=options.seed,
+            on_step=on_step,
+        ):
+            cells.append({**dataclasses.asdict(cell), "accuracy": cell.accuracy, "interval": cell.interval})
+            if not options.json:
+                print(_cell(cell), flush=True)
+    if options.json:
+        about = {"model": options.model, "noise": options.noise, "seed": options.seed, "dtype": str(engine.dtype)}
+        print(json.dumps({**about, "cells": cells}, ensure_ascii=False))
+    return 0
+
+
+def _cell(cell: retrieval.Cell) -> str:
+    low, high = (100 * bound for bound in cell.interval)
+    return (
+        f"{cell.task:<9} {cell.tokens:>11,} tokens {cell.segments:>9,} segments  {cell.correct}/{cell.trials} "
+        f"= {100 * cell.accuracy:.1f} % (95 %: {low:.1f} to {high:.1f})  {cell.seconds:.0f} s"
+    )

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rmt_engine.run import Event, Progress, Summary, resident_bytes
+
+if TYPE_CHECKING:
+    import rich.progress
 
 REFRESH_SECONDS = 0.1
 
@@ -33,19 +38,34 @@ def finish(events: Iterable[Event], title: str) -> Summary:
     raise AssertionError("a run ends with its summary")
 
 
-def _with_bar(events: Iterable[Event], title: str) -> Iterator[Event]:
-    from rich import progress as rich
+@contextmanager
+def counting(total: int, title: str) -> Iterator[Callable[[int], None]]:
+    """A bar over `total` tokens; gives the function that is told of each step's tokens."""
+    if not sys.stderr.isatty():
+        yield lambda tokens: None
+        return
+    with _bar() as bar:
+        task = bar.add_task(title, total=total, figures="")
+        yield lambda tokens: bar.update(task, advance=tokens)
+
+
+def _bar() -> rich.progress.Progress:
+    from rich import progress
     from rich.console import Console
 
     columns = (
-        rich.TextColumn("{task.description}"),
-        rich.BarColumn(),
-        rich.TaskProgressColumn(),
-        rich.TextColumn("{task.fields[figures]}"),
-        rich.TimeElapsedColumn(),
-        rich.TimeRemainingColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TextColumn("{task.fields[figures]}"),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
     )
-    with rich.Progress(*columns, console=Console(stderr=True), refresh_per_second=1 / REFRESH_SECONDS) as bar:
+    return progress.Progress(*columns, console=Console(stderr=True), refresh_per_second=1 / REFRESH_SECONDS)
+
+
+def _with_bar(events: Iterable[Event], title: str) -> Iterator[Event]:
+    with _bar() as bar:
         task = bar.add_task(title, total=None, figures="")
         start = shown = time.monotonic()
         for event in events:
