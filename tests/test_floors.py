@@ -20,7 +20,7 @@ FLOORS = (
     {"backbones"},
     {"checkpoint", "cut_rules", "text_input", "tokens"},
     {"engine", "executors", "sampling"},
-    {"run", "scoring", "stream"},
+    {"inputs", "run", "scoring", "stream"},
     {"evaluation"},
     {"__init__", "__main__", "cli", "commands", "progress"},
 )
