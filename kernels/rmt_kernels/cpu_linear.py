@@ -7,7 +7,16 @@ from torch import Tensor
 
 from rmt_kernels.weights import Linear
 
-FUSED = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
+# activation -> oneDNN's name and algorithm. In the GEMM's epilogue an element's bits do not depend on where it stands;
+# torch's own silu and tanh take another path for the last few elements of a tensor.
+FUSED = {
+    "none": ("none", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+    "tanh": ("tanh", ""),
+}
 ROW_MULTIPLE = 16  # fewer rows would take another GEMM path and give other bits
 
 
@@ -18,7 +27,7 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 class PackedLinear:
-    """f(x [..., K]) = act(x Wᵀ + b) [..., N], or x Wᵀ + b + residual."""
+    """f(x [..., K]) = act(x Wᵀ + b) [..., N]; without an activation also x Wᵀ + b + other, and (x Wᵀ + b) · other."""
 
     def __init__(self, layer: Linear, activation: str = "none"):
         self.out_features = layer.weight.shape[0]
@@ -32,10 +41,16 @@ class PackedLinear:
         y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, self.attr, [], self.algorithm)
         return y[:count].view(*x.shape[:-1], self.out_features)
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        return self._binary(x, other, "add")
+
+    def multiply(self, x: Tensor, other: Tensor) -> Tensor:
+        return self._binary(x, other, "mul")
+
+    def _binary(self, x: Tensor, other: Tensor, operation: str) -> Tensor:
         rows, count = padded_rows(x)
-        other, _ = padded_rows(residual)
-        y = torch.ops.mkldnn._linear_pointwise.binary(rows, other, self.weight, self.bias, "add")
+        others, _ = padded_rows(other)
+        y = torch.ops.mkldnn._linear_pointwise.binary(rows, others, self.weight, self.bias, operation)
         return y[:count].view(*x.shape[:-1], self.out_features)
 
 

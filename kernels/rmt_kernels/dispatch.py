@@ -17,10 +17,11 @@ def choose(backend: str = "auto", device: str | torch.device = "cpu") -> str:
 
     Raises ValueError for an unknown name, RuntimeError when the one asked for cannot run here.
     """
-    if backend == "auto":
-        backend = os.environ.get("RMT_BACKEND") or "auto"
+    said_by = "backend"
+    if backend == "auto" and os.environ.get("RMT_BACKEND"):
+        said_by, backend = "RMT_BACKEND", os.environ["RMT_BACKEND"]
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        raise ValueError(f"{said_by} must be one of {', '.join(BACKENDS)}; got {backend!r}")
     kind = torch.device(device).type
     if backend == "auto":
         return "cpu" if kind == "cpu" else "ref"

@@ -35,4 +35,4 @@ def plan_embed(embeddings: Embeddings) -> Callable[[Tensor, int], Tensor]:
 
 
 def plan_write(norm: Norm | None) -> WriteMemory:
-    return lambda hidden: normalize(hidden, norm).to(hidden.dtype)
+    return lambda hidden: normalize(hidden, norm).to(hidden.dtype, copy=True)  # never a view of the rows

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rmt_kernels.cpu_linear import FUSED, PackedLinear
+from rmt_kernels.cpu_linear import PackedLinear
 from rmt_kernels.weights import Activation, Linear, Norm
 
 
@@ -21,17 +20,22 @@ def plan_norm(norm: Norm | None) -> Callable[[Tensor], Tensor]:
     return lambda x: F.rms_norm(x, shape, weight, eps)
 
 
-def _swiglu(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+def _halves(layer: Linear) -> tuple[Linear, Linear]:
+    """The gate and the up projection of a stacked pair."""
+    (gate, up), biases = layer.weight.chunk(2), (None, None) if layer.bias is None else layer.bias.chunk(2)
+    return Linear(gate, biases[0]), Linear(up, biases[1])
 
 
 def plan(layer: Linear, norm: Norm | None, activation: Activation) -> Callable[[Tensor], Tensor]:
     normalize = plan_norm(norm)
-    if activation in FUSED:
+    if activation != "swiglu":
         packed = PackedLinear(layer, activation)
         return lambda x: packed(normalize(x))
-    packed = PackedLinear(layer, "none")
-    functions: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": _swiglu, "silu": F.silu, "tanh": torch.tanh}
-    apply = functions[activation]
-    return lambda x: apply(packed(normalize(x)))
+    gate_layer, up_layer = _halves(layer)
+    gate, up = PackedLinear(gate_layer, "silu"), PackedLinear(up_layer)
+
+    def swiglu(x: Tensor) -> Tensor:
+        x = normalize(x)
+        return up.multiply(x, gate(x))
+
+    return swiglu
