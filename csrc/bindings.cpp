@@ -77,12 +77,13 @@ std::vector<int64_t> integers(const py::iterable& values, const std::string& nam
 }
 
 std::shared_ptr<FileSource> open_source(const std::filesystem::path& path, const std::string& dtype,
-                                        const py::iterable& drop_ids) {
+                                        const py::iterable& drop_ids, int64_t start) {
+  if (start < 0) throw ArgumentError("start: expected 0 or more, came " + std::to_string(start));
   std::optional<DType> named;
   if (dtype != "auto") named = dtype_from_name(dtype);
   const auto dropped = integers(drop_ids, "drop_ids");
   const py::gil_scoped_release release;
-  return std::make_shared<FileSource>(path.string(), named, dropped);
+  return std::make_shared<FileSource>(path.string(), named, dropped, static_cast<uint64_t>(start));
 }
 
 std::shared_ptr<PushedSource> pushed_source(const py::iterable& drop_ids, py::ssize_t capacity) {
@@ -181,7 +182,7 @@ void bind_sources(py::module_& m) {
   py::class_<TokenSource, std::shared_ptr<TokenSource>> source(
       m, "TokenSource", "Where tokens come from: TokenSource.open(path) or TokenSource.pushed().");
   py::class_<FileSource, TokenSource, std::shared_ptr<FileSource>>(
-      m, "FileSource", "A token file. Any number of streams may read it, each from its beginning.")
+      m, "FileSource", "A token file. Any number of streams may read it, each from `start`.")
       .def_property_readonly("dtype", [](const FileSource& s) { return info(s.dtype()).name; });
   py::class_<PushedSource, TokenSource, std::shared_ptr<PushedSource>>(
       m, "PushedSource", "A bounded queue: other threads push, one stream reads.")
@@ -192,12 +193,13 @@ void bind_sources(py::module_& m) {
       .def("fail", &PushedSource::fail, "message"_a, py::call_guard<py::gil_scoped_release>(),
            "The input ends here, and the stream raises InputError(message) after the whole segments before it.");
   source
-      .def_static("open", &open_source, "path"_a, "dtype"_a = "auto", "drop_ids"_a = py::tuple(),
-                  "Opens a 1-D .npy file, or a raw little-endian file, which needs a dtype.")
+      .def_static("open", &open_source, "path"_a, "dtype"_a = "auto", "drop_ids"_a = py::tuple(), "start"_a = 0,
+                  "Opens a 1-D .npy file, or a raw little-endian file, which needs a dtype; streams begin at its\n"
+                  "token `start`, counted before dropping.")
       .def_static("pushed", &pushed_source, "drop_ids"_a = py::tuple(), "capacity"_a = 1 << 20,
                   "Makes a queue of at most `capacity` tokens.")
-      .def_property_readonly("size", &TokenSource::size, "Tokens before dropping.")
-      .def("count", &count_tokens, "Tokens after dropping: reads the file if there is anything to drop.");
+      .def_property_readonly("size", &TokenSource::size, "Tokens of the whole file, before dropping.")
+      .def("count", &count_tokens, "Tokens from `start` on, after dropping: reads them if there is anything to drop.");
 }
 
 void bind_stream(py::module_& m) {

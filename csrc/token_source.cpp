@@ -43,8 +43,11 @@ class Turn {
 
 class FileReader : public TokenReader {
  public:
-  FileReader(std::shared_ptr<const FileSource> source, const DropSet& drop)
-      : TokenReader(drop), source_(std::move(source)), bytes_(kPiece * info(source_->dtype()).item_size) {}
+  FileReader(std::shared_ptr<const FileSource> source, const DropSet& drop, uint64_t start)
+      : TokenReader(drop),
+        source_(std::move(source)),
+        bytes_(kPiece * info(source_->dtype()).item_size),
+        position_(start) {}
 
  protected:
   size_t fill(int64_t* out, size_t capacity) override {
@@ -59,7 +62,7 @@ class FileReader : public TokenReader {
  private:
   std::shared_ptr<const FileSource> source_;
   std::vector<char> bytes_;
-  uint64_t position_ = 0;
+  uint64_t position_;
 };
 
 class QueueReader : public TokenReader {
@@ -124,11 +127,13 @@ size_t TokenReader::read(int64_t* out, size_t capacity) {
   return count;
 }
 
-FileSource::FileSource(std::string path, std::optional<DType> dtype, const std::vector<int64_t>& drop_ids)
-    : TokenSource(drop_ids), path_(std::move(path)) {
+FileSource::FileSource(std::string path, std::optional<DType> dtype, const std::vector<int64_t>& drop_ids,
+                       uint64_t start)
+    : TokenSource(drop_ids), path_(std::move(path)), start_(start) {
   try {
     const uint64_t file_size = open_file();
     ends_with(path_, ".npy") ? open_npy(file_size, dtype) : open_raw(file_size, dtype);
+    check_start();
   } catch (...) {
     if (file_ >= 0) ::close(file_);  // no destructor runs for a constructor that throws
     throw;
@@ -185,10 +190,19 @@ void FileSource::open_raw(uint64_t file_size, std::optional<DType> dtype) {
   size_ = file_size / item_size;
 }
 
-std::unique_ptr<TokenReader> FileSource::reader() { return std::make_unique<FileReader>(shared_from_this(), drop_); }
+// The end itself is a place to start: a run that read all of its input resumes there.
+void FileSource::check_start() const {
+  if (start_ <= size_) return;
+  throw InputError(path_ + ": cannot start at token " + std::to_string(start_) + ": the file holds only " +
+                   std::to_string(size_) + "; check that it is the file this place was noted for");
+}
+
+std::unique_ptr<TokenReader> FileSource::reader() {
+  return std::make_unique<FileReader>(shared_from_this(), drop_, start_);
+}
 
 uint64_t FileSource::count(const Poll& poll) {
-  if (drop_.empty()) return size_;
+  if (drop_.empty()) return size_ - start_;
   const auto pass = reader();
   std::vector<int64_t> tokens(kPiece);
   uint64_t count = 0;

@@ -73,12 +73,13 @@ class TokenSource {
 class FileSource : public TokenSource, public std::enable_shared_from_this<FileSource> {
  public:
   // `dtype`: none for the type the file itself names (.npy); a raw file needs one.
-  FileSource(std::string path, std::optional<DType> dtype, const std::vector<int64_t>& drop_ids);
+  // `start`: the token of the file, before dropping, that every pass begins with.
+  FileSource(std::string path, std::optional<DType> dtype, const std::vector<int64_t>& drop_ids, uint64_t start = 0);
   ~FileSource() override;
 
   std::unique_ptr<TokenReader> reader() override;
-  uint64_t size() const override { return size_; }
-  uint64_t count(const Poll& poll) override;
+  uint64_t size() const override { return size_; }  // the whole file, whatever `start` is
+  uint64_t count(const Poll& poll) override;        // from `start` on
   DType dtype() const { return dtype_; }
 
   // Fills `out` with the bytes of `count` tokens from token `position` on; throws InputError if they are not there.
@@ -88,9 +89,11 @@ class FileSource : public TokenSource, public std::enable_shared_from_this<FileS
   uint64_t open_file();
   void open_npy(uint64_t file_size, std::optional<DType> dtype);
   void open_raw(uint64_t file_size, std::optional<DType> dtype);
+  void check_start() const;
   size_t read_at(uint64_t offset, char* out, size_t size) const;
 
   const std::string path_;
+  const uint64_t start_;
   int file_ = -1;
   DType dtype_ = DType::kInt64;
   uint64_t data_offset_ = 0, size_ = 0;

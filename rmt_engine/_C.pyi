@@ -18,13 +18,18 @@ class TokenSource:
 
     @staticmethod
     def open(
-        path: str | bytes | PathLike[str] | PathLike[bytes], dtype: str = "auto", drop_ids: Iterable[int] = ()
+        path: str | bytes | PathLike[str] | PathLike[bytes],
+        dtype: str = "auto",
+        drop_ids: Iterable[int] = (),
+        start: int = 0,
     ) -> FileSource:
         """Opens a 1-D `.npy` file, or a raw little-endian file, which needs `dtype`.
 
         dtype: "auto", or uint8, uint16, uint32, int32, int64; for `.npy` it must agree with the file.
         drop_ids: ids that are left out of the stream.
-        Raises InputError for a file that cannot be read or is not what it claims, ValueError for a wrong dtype.
+        start: the token of the file, before dropping, that streams begin with; its end is allowed.
+        Raises InputError for a file that cannot be read, is not what it claims or ends before `start`, ValueError for
+        a wrong dtype.
         """
 
     @staticmethod
@@ -33,13 +38,16 @@ class TokenSource:
 
     @property
     def size(self) -> int:
-        """Tokens before dropping. ValueError for a pushed source."""
+        """Tokens of the whole file, before dropping. ValueError for a pushed source."""
 
     def count(self) -> int:
-        """Tokens after dropping: reads the file if there is anything to drop. ValueError for a pushed source."""
+        """Tokens from `start` on, after dropping: reads them if there is anything to drop.
+
+        ValueError for a pushed source.
+        """
 
 class FileSource(TokenSource):
-    """A token file. Any number of streams may read it, each from its beginning."""
+    """A token file. Any number of streams may read it, each from `start`."""
 
     @property
     def dtype(self) -> str: ...
@@ -72,7 +80,7 @@ class Segment:
     def index(self) -> int: ...
     @property
     def position(self) -> int:
-        """Tokens before it, after dropping."""
+        """Tokens before it, after dropping; a file's are counted from its `start`."""
 
     @property
     def last(self) -> bool:

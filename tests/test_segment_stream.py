@@ -108,17 +108,19 @@ def folder(tmp_path_factory):
     size=sizes,
     drop_ids=st.sets(st.integers(0, 255)),
     npy=st.booleans(),
+    start=st.integers(0, 60),
 )
-def test_file_segments_equal_the_model(folder, ids, dtype, size, drop_ids, npy):
+def test_file_segments_equal_the_model(folder, ids, dtype, size, drop_ids, npy, start):
+    start = min(start, len(ids))
     path = folder / ("t.npy" if npy else "t.bin")
     values = np.array(ids, dtype=dtype)
     np.save(path, values) if npy else values.tofile(path)
-    source = TokenSource.open(path, "auto" if npy else dtype, drop_ids)
-    expected = model(ids, *size, drop_ids)
+    source = TokenSource.open(path, "auto" if npy else dtype, drop_ids, start)
+    expected = model(ids[start:], *size, drop_ids)
     assert read(SegmentStream(source, *size)) == expected
     assert read(SegmentStream(source, *size)) == expected, "a file can be read again"
     assert source.size == len(ids)
-    assert source.count() == sum(i not in drop_ids for i in ids)
+    assert source.count() == sum(i not in drop_ids for i in ids[start:])
     assert isinstance(source, FileSource) and source.dtype == dtype
 
 
@@ -268,6 +270,15 @@ def test_dtype_mistakes(tmp_path):
         TokenSource.open(npy, dtype="int32")
     with pytest.raises(ValueError, match="drop_ids: expected integers of 64 bits, came 'a'"):
         TokenSource.open(npy, drop_ids=["a"])
+
+
+def test_a_start_outside_the_file(tmp_path):
+    path = save(tmp_path, "t.npy", np.arange(3))
+    assert tokens(SegmentStream(TokenSource.open(path, start=3), 2)) == []
+    with pytest.raises(InputError, match=r"t\.npy: cannot start at token 4: the file holds only 3; check that it is"):
+        TokenSource.open(path, start=4)
+    with pytest.raises(ValueError, match="start: expected 0 or more, came -1"):
+        TokenSource.open(path, start=-1)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <numeric>
 #include <thread>
@@ -108,6 +109,24 @@ TEST("file: what cannot be opened") {
   ::unlink(fifo.path.c_str());
   CHECK(::mkfifo(fifo.path.c_str(), 0600) == 0);
   CHECK_THROWS(InputError, "came a pipe or device", open(fifo, DType::kUint16));
+}
+
+TEST("file: a start counts tokens before dropping, and size() the whole file") {
+  const Ids ids = range(100001);
+  const TempFile file("t.bin", bytes_of(ids));
+  for (size_t start : {0, 1, 32767, 32768, 99999, 100000, 100001}) {
+    FileSource whole(file.path, DType::kInt64, {}, start);
+    CHECK(whole.size() == ids.size() && whole.count({}) == ids.size() - start);
+    const auto source = std::make_shared<FileSource>(file.path, DType::kInt64, Ids{99999}, start);
+    Ids expected(ids.begin() + static_cast<std::ptrdiff_t>(start), ids.end());
+    expected.erase(std::remove(expected.begin(), expected.end(), 99999), expected.end());
+    CHECK(read_all(*source, 999) == expected && read_all(*source) == expected);
+    CHECK(source->size() == ids.size() && source->count({}) == expected.size());
+  }
+  for (uint64_t start : {uint64_t{100002}, UINT64_MAX}) {
+    CHECK_THROWS(InputError, "cannot start at token " + std::to_string(start) + ": the file holds only 100001",
+                 FileSource(file.path, DType::kInt64, {}, start));
+  }
 }
 
 TEST("file: one that shrinks while it is read is an error, not a crash") {
