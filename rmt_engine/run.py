@@ -76,12 +76,12 @@ def run(
         raise ValueError(f"max_n_segments must be at least 1; got {max_n_segments}")
     length = None
     if alignment != "left":
-        length = count_tokens(engine, source, token_dtype, errors, alignment)
+        length = count_tokens(engine, source, token_dtype=token_dtype, errors=errors, alignment=alignment)
         length = length if limit is None else min(length, limit)
     stream = Stream(engine, length, alignment)
     clock = _Clock()
     with (
-        open_input(engine, source, token_dtype, errors) as feed,
+        open_input(engine, source, token_dtype=token_dtype, errors=errors) as feed,
         feed.segments(stream.cut, engine.vocab_size) as segments,
     ):
         for segment in feed.errors_of(segments):

@@ -134,7 +134,7 @@ def tokenize_stream(
     """The ids of a text, int64 arrays [N] in order, together exactly `tokenizer.encode` of the whole text.
 
     `source` is a path, "-", a binary file object or an iterable of bytes of any sizes. A file object stays open.
-    From a `position` on, a path is read from its offset; any other source must begin there.
+    From a `position` on, a path or the standard input is read from its offset; any other source must begin there.
     Raises TokenizerError at once for a tokenizer that cannot be cut; InputError, here or from the iterator at the place
     where it happens, for what cannot be read.
     """
@@ -239,22 +239,36 @@ def _reads(source: Source, read_bytes: int, offset: int, stop: threading.Event) 
     """Non-empty bytes objects, until the end. Opens a path now, so that its errors come before any thread."""
     if isinstance(source, str | Path):
         file = open_text(source)
-        if offset and str(source) != "-":
-            _skip(file, offset, str(source))
-        return _read_file(file, read_bytes, stop, close=True)
+        if str(source) != "-":
+            _seek(file, offset, str(source))
+            return _read_file(file, read_bytes, stop, close=True)
+        return _without_first(_read_file(file, read_bytes, stop, close=True), offset, "the standard input")
     if hasattr(source, "read"):
         return _read_file(cast(BinaryIO, source), read_bytes, stop, close=False)
     return (data for data in source if data)
 
 
-def _skip(file: BinaryIO, offset: int, name: str) -> None:
-    size = file.seek(0, io.SEEK_END)
-    if size < offset:
+def _seek(file: BinaryIO, offset: int, name: str) -> None:
+    if offset and (size := file.seek(0, io.SEEK_END)) < offset:
         file.close()
-        raise InputError(
-            f"expected at least {offset:,} bytes in {name}, found {size:,}; the text was another one before"
-        )
-    file.seek(offset)
+        raise _too_short(offset, size, name)
+    if offset:
+        file.seek(offset)
+
+
+def _without_first(reads: Iterator[bytes], offset: int, name: str) -> Iterator[bytes]:
+    """What comes after `offset` bytes, of what cannot be sought in."""
+    left = offset
+    for data in reads:
+        if left < len(data):
+            yield data[left:]
+        left = max(left - len(data), 0)
+    if left:
+        raise _too_short(offset, offset - left, name)
+
+
+def _too_short(offset: int, size: int, name: str) -> InputError:
+    return InputError(f"expected at least {offset:,} bytes in {name}, found {size:,}; the text was another one before")
 
 
 def _read_file(file: BinaryIO, read_bytes: int, stop: threading.Event, close: bool) -> Iterator[bytes]:
