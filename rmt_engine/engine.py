@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rmt_kernels import dispatch
+from rmt_kernels.checks import dims
 from torch import Tensor
 
 from rmt_engine import checkpoint
@@ -75,7 +76,9 @@ class Engine:
         """
         if executor not in ("auto", "eager"):
             raise ValueError(f"executor must be auto or eager; got {executor!r}")
-        _dtype(dtype, _device(device))  # a mistake here is told before gigabytes are read
+        where = _device(device)  # a mistake here is told before gigabytes are read
+        _dtype(dtype, where)
+        _backend(backend, where)
         path = EMBEDDED if path_or_name is None else path_or_name
         config, weights = checkpoint.load(path, **checkpoint_arguments)
         folder = checkpoint.tokenizer_folder(path, checkpoint_arguments.get("base"))
@@ -96,10 +99,7 @@ class Engine:
         """An engine over tensors under their Hugging Face names, and `memory` [M, E]."""
         where = _device(device)
         precision = _dtype(dtype, where)
-        try:
-            backend = dispatch.choose(backend, where)
-        except RuntimeError as error:
-            raise BackendError(str(error)) from error
+        backend = _backend(backend, where)
         placed = {name: tensor.to(where, precision) for name, tensor in weights.items()}
         backbone = module_of(config.model_type).build(config.backbone, placed, backend)
         return cls(config, EagerExecutor(config, backbone, placed["memory"]), tokenizer, backend)
@@ -130,11 +130,19 @@ class Engine:
     def segments(
         self, input_ids: Tensor, output: Output = "all", memory_state: Tensor | None = None
     ) -> Iterator[SegmentOutput]:
-        """Reads ids [B, N] segment by segment: the recurrence. Logits are computed where `output` asks for them."""
-        memory = self.initial_memory(input_ids.shape[0]) if memory_state is None else memory_state
-        bounds = Cut.of(input_ids.shape[1], self.config.segment_size, self.config.alignment).bounds(input_ids.shape[1])
+        """Reads ids [B, N] segment by segment: the recurrence. Logits are computed where `output` asks for them.
+
+        start and end count without the ids that the checkpoint drops. Raises ValueError as `forward` does, and for
+        rows that differ in length.
+        """
+        _check_output(output)
+        whole = _even(self._rows(input_ids, None))
+        memory = self.initial_memory(len(whole)) if memory_state is None else memory_state
+        count, width = self.executor.initial.shape
+        dims("memory_state", memory, "B M E", B=len(whole), M=count, E=width)
+        bounds = Cut.of(whole.shape[1], self.config.segment_size, self.config.alignment).bounds(whole.shape[1])
         for index, (start, end) in enumerate(bounds):
-            ids, logits = input_ids[:, start:end], None
+            ids, logits = whole[:, start:end], None
             if output == "all" or (output == "last" and index == len(bounds) - 1):
                 memory, logits = self.executor.fold_with_logits(ids, memory)
             else:
@@ -153,13 +161,14 @@ class Engine:
         A classifier gives [B, C] ("last") or [B, segments, C] ("all"). Rows that differ in length (after the ids that
         the checkpoint drops) give a list. max_n_segments keeps that many segments of tokens from the start.
         """
-        if output not in ("last", "all", "none"):
-            raise ValueError(f"output must be last, all or none; got {output!r}")
+        _check_output(output)
         rows = self._rows(input_ids, max_n_segments)
         if output == "all":
             self._check_size(rows)
-        results: list[ForwardOutput | None] = [None] * len(rows)
         lengths = [len(row) for row in rows]
+        if len(set(lengths)) == 1:
+            return ForwardOutput(*self._forward_even(torch.stack(rows), output))
+        results: list[ForwardOutput | None] = [None] * len(rows)
         for length in sorted(set(lengths)):  # rows of one length run side by side, as each would alone
             members = [i for i, n in enumerate(lengths) if n == length]
             logits, memory = self._forward_even(torch.stack([rows[i] for i in members]), output)
@@ -169,24 +178,29 @@ class Engine:
         return ForwardOutput(_join([result.logits for result in done]), torch.stack([r.memory_state for r in done]))
 
     def _forward_even(self, ids: Tensor, output: Output) -> tuple[Tensor | None, Tensor]:
-        kept, memory = [], None
+        kept: list[Tensor] = []
+        whole: Tensor | None = None
         for segment in self.segments(ids, output):
-            memory = segment.memory_state
-            if segment.logits is not None:
-                kept.append(segment.logits)
-        assert memory is not None
-        if not kept:
-            return None, memory
-        if output == "last":
-            return kept[0], memory
-        return (torch.stack(kept, 1) if kept[0].dim() == 2 else torch.cat(kept, 1)), memory
+            memory, logits = segment.memory_state, segment.logits
+            if logits is None:
+                continue
+            if output == "last" or logits.dim() == 2:
+                kept.append(logits)
+            else:  # put in its place at once: never the whole text's logits twice
+                whole = logits.new_empty(*ids.shape, logits.shape[-1]) if whole is None else whole
+                whole[:, segment.start : segment.end] = logits
+        if output == "all":
+            return (torch.stack(kept, 1) if whole is None else whole), memory
+        return (kept[0] if kept else None), memory
 
     def _rows(self, input_ids: Tensor | Sequence[Tensor], max_n_segments: int | None) -> list[Tensor]:
         """Checked 1-D rows without the dropped ids."""
+        if max_n_segments is not None and max_n_segments < 1:
+            raise ValueError(f"max_n_segments must be at least 1; got {max_n_segments}")
         rows = []
         for i, row in enumerate(input_ids):
             row = torch.as_tensor(row)
-            if row.dim() != 1 or row.is_floating_point():
+            if row.dim() != 1 or row.is_floating_point() or row.dtype == torch.bool:
                 raise ValueError(f"input_ids, row {i}: expected 1-D integer ids, got {row.dtype} {list(row.shape)}")
             row = drop(row.to(self.device, torch.int64), self.config.drop_ids)
             if max_n_segments is not None:
@@ -239,6 +253,26 @@ def _join(logits: list[Any]) -> Tensor | list[Tensor] | None:
         return None
     same = all(part.shape == logits[0].shape for part in logits)
     return torch.stack(logits) if same else logits
+
+
+def _check_output(output: str) -> None:
+    if output not in ("last", "all", "none"):
+        raise ValueError(f"output must be last, all or none; got {output!r}")
+
+
+def _even(rows: list[Tensor]) -> Tensor:
+    """Rows of one length as [B, N]."""
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) > 1:
+        raise ValueError(f"the rows hold from {lengths[0]} to {lengths[-1]} tokens of content: give one row at a time")
+    return torch.stack(rows)
+
+
+def _backend(backend: str, device: torch.device) -> str:
+    try:
+        return dispatch.choose(backend, device)
+    except RuntimeError as error:
+        raise BackendError(str(error)) from error
 
 
 def _device(device: str) -> torch.device:
