@@ -14,15 +14,18 @@ CXX_SOURCES := $(wildcard csrc/*.[ch]pp)
 BUILT_FROM := pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 CLANG_FORMAT = "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"/clang-format
 
+# For commands that run in another folder; a bare name is looked up on the PATH.
+ABSOLUTE_PY = $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY))
+
 is_new_enough = -c 'import sys; sys.exit(sys.version_info < (3, 10))'
 has_headers = -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'
 has_compiler = set -- $${CXX:-g++} && command -v "$$1"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-native lint format clean
+.PHONY: help setup run test test-native test-native-sanitize lint format clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "PYTHON=... on any of them uses that interpreter's environment in place of .venv"
 
 setup: $(READY) ## Make .venv, build the extension, install what is needed
@@ -51,6 +54,10 @@ test: setup ## Run every test that needs no GPU; ARGS='-k stream' goes to pytest
 
 test-native: ## Run the C++ tests alone; SANITIZE=address,undefined or SANITIZE=thread
 	$(MAKE) -C csrc test
+
+test-native-sanitize: setup ## Run the C++ tests and the extension's Python tests under ASan, UBSan and TSan
+	for sanitizer in address,undefined thread; do \
+	  OMP_NUM_THREADS=1 $(MAKE) -C csrc test test-module SANITIZE=$$sanitizer PYTHON='$(ABSOLUTE_PY)' || exit 1; done
 
 lint: setup ## Check style and types: ruff, mypy, clang-format
 	$(PY) -m ruff check
