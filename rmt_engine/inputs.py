@@ -18,7 +18,9 @@ import numpy as np
 from rmt_engine._C import PushedSource, Segment, SegmentStream, StreamStopped, TokenSource
 from rmt_engine.errors import InputError, StateError
 from rmt_engine.layouts import Cut
-from rmt_engine.text_input import READ_BYTES, TextPosition, TokenStream, open_text, tokenize_stream
+from rmt_engine.records import open_text
+from rmt_engine.sources import is_url, suffixes
+from rmt_engine.text_input import READ_BYTES, TextPosition, TokenStream, tokenize_stream
 
 if TYPE_CHECKING:
     from rmt_engine.engine import Engine
@@ -91,7 +93,15 @@ class InputPosition:
 
 
 def is_token_file(source: str | Path, token_dtype: str | None) -> bool:
-    return token_dtype is not None or str(source).endswith(".npy")
+    """By its type or suffix. Raises ValueError for a token file that cannot be read where it lies."""
+    kind, compression = suffixes(source)
+    tokens = token_dtype is not None or kind == ".npy"
+    if (tokens or kind == ".bin") and (compression or is_url(source)):
+        remedy = "decompress it" if compression else "download it"
+        raise ValueError(f"{source}: a token file is read in place, by offset: {remedy} first")
+    if not tokens and kind == ".bin":
+        raise ValueError(f"{source}: a raw token file needs its type: --token-dtype uint16, uint32, int32 or int64")
+    return tokens
 
 
 def open_input(
@@ -104,11 +114,11 @@ def open_input(
     start: InputPosition | None = None,
 ) -> TokenFile | Text:
     """Opens an input at its beginning, or at a `start` that `position_at` gave. Raises InputError, ValueError."""
-    if is_token_file(source, token_dtype):
-        return TokenFile(engine, source, token_dtype, start)
-    if str(source).endswith(".bin"):
-        raise ValueError(f"{source}: a raw token file needs its type: --token-dtype uint16, uint32, int32 or int64")
-    return Text(engine, source, errors, start)
+    if not is_token_file(source, token_dtype):
+        return Text(engine, source, errors, field, start)
+    if field is not None:
+        raise ValueError(f"--field (field=) is for records; {source} is a token file")
+    return TokenFile(engine, source, token_dtype, start)
 
 
 def count_tokens(
@@ -128,7 +138,7 @@ def count_tokens(
             f"this checkpoint aligns segments {alignment}, which needs the length, and the standard input has none: "
             "give a file, or use --alignment left"
         )
-    with tokenize_stream(engine.tokenizer, source, errors=errors) as tokens:
+    with tokenize_stream(engine.tokenizer, open_text(source, field, errors), errors=errors) as tokens:
         return sum(len(_content(ids, engine.config.drop_ids)) for ids in tokens)
 
 
@@ -200,9 +210,16 @@ class Text:
     What is ahead of the compute is bounded in tokens, and so is the number of places that are remembered for it.
     """
 
-    def __init__(self, engine: Engine, source: str | Path, errors: str, start: InputPosition | None = None) -> None:
-        self.size = None if str(source) == "-" else _text_size(source)
-        self.start = InputPosition("text", 0, name=str(source), size=self.size)
+    def __init__(
+        self,
+        engine: Engine,
+        source: str | Path,
+        errors: str,
+        field: str | None = None,
+        start: InputPosition | None = None,
+    ) -> None:
+        self.text = open_text(source, field, errors)
+        self.start = InputPosition("text", 0, name=self.text.name, size=self.text.size, field=field)
         if start is not None:
             start.check(self.start)
         at = start or self.start
@@ -210,7 +227,7 @@ class Text:
         self.segment_size = engine.config.segment_size
         text = TextPosition(at.offset, at.held_bytes, at.held_text, at.continued)
         self.tokens: TokenStream = tokenize_stream(
-            engine.tokenizer, source, errors=errors, read_bytes=READ_BYTES, position=text
+            engine.tokenizer, self.text, errors=errors, read_bytes=READ_BYTES, position=text
         )
         self.source: PushedSource = TokenSource.pushed(capacity=AHEAD_TOKENS)
         self.error: Exception | None = None
@@ -251,8 +268,13 @@ class Text:
         return dataclasses.replace(self.start, **vars(text), skip=tokens - count)
 
     def fraction(self, tokens: int) -> float | None:
-        """How much of the text is read, up to what is ahead; None where its size is not known."""
-        return min(self.tokens.position.offset / self.size, 1.0) if self.size else None
+        """How much of the text `tokens` tokens since it was opened are; None where its size is not known."""
+        with self._lock:
+            places = list(self._places)
+        last = next((i for i in range(len(places) - 1, -1, -1) if places[i][0] <= tokens), 0)
+        (count, text), (after, next_text) = places[last], places[min(last + 1, len(places) - 1)]
+        share = (tokens - count) / (after - count) if after > count else 0.0
+        return self.text.fraction(text.offset + round(share * (next_text.offset - text.offset)))
 
     def _push(self) -> None:
         try:
@@ -283,10 +305,3 @@ class Text:
             if len(places) > 1 and count - places[-2][0] < PLACE_TOKENS:
                 places.pop()
             places.append((count, position))
-
-
-def _text_size(source: str | Path) -> int | None:
-    """Bytes of a text file, None for a pipe. Raises InputError for what cannot be opened."""
-    open_text(source).close()
-    path = Path(source)
-    return path.stat().st_size if path.is_file() else None

@@ -1,15 +1,12 @@
-"""Text from a file, a pipe or an iterator of bytes, tokenized in a thread that runs ahead of its consumer.
+"""Text from a file, a pipe, a URL or an iterator of bytes, tokenized in a thread that runs ahead of its consumer.
 
 Bytes are UTF-8. A byte order mark at the very beginning is dropped; line ends stay as they are. Memory is bounded: one
 read, the held-back text, and at most `ahead` arrays of ids that nobody has taken yet.
 """
 
 import codecs
-import io
 import os
 import queue
-import select
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +16,7 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from rmt_engine.errors import InputError
+from rmt_engine.sources import ByteFile, TextSource, read_pieces
 from rmt_engine.tokens import IncrementalTokenizer, Tokenizer
 
 # Enough for every core, and no more: memory grows with it and speed does not (measured from 32 KiB to 1 MiB).
@@ -85,41 +83,7 @@ class TextPosition:
     continued: bool = False
 
 
-def open_text(source: str | Path) -> BinaryIO:
-    """A path, or "-" for the standard input, opened for binary reading without a buffer.
-
-    Raises InputError for a missing file, a directory, an empty file, and where there is no permission.
-    """
-    if str(source) == "-":
-        return _open_stdin()
-    path = Path(source)
-    if path.is_dir():
-        raise InputError(f"expected a text file, found a directory: {path}; give one of the files in it")
-    try:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115 - handed to the caller
-    except FileNotFoundError:
-        raise InputError(
-            f"there is no file {path}; give the path of a text file, or - for the standard input"
-        ) from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    if path.is_file() and path.stat().st_size == 0:
-        file.close()
-        raise InputError(f"expected text, found an empty file: {path}")
-    return cast(BinaryIO, file)
-
-
-def _open_stdin() -> BinaryIO:
-    try:
-        return cast(BinaryIO, open(sys.stdin.fileno(), "rb", buffering=0, closefd=False))
-    except (OSError, ValueError, AttributeError):
-        pass  # not a file of the system's: replaced by a program that runs us
-    if getattr(sys.stdin, "buffer", None) is None:
-        raise InputError("there is no standard input to read; give the path of a text file")
-    return sys.stdin.buffer
-
-
-Source = str | Path | BinaryIO | Iterable[bytes]
+Source = str | Path | TextSource | BinaryIO | Iterable[bytes]
 
 
 def tokenize_stream(
@@ -133,8 +97,8 @@ def tokenize_stream(
 ) -> "TokenStream":
     """The ids of a text, int64 arrays [N] in order, together exactly `tokenizer.encode` of the whole text.
 
-    `source` is a path, "-", a binary file object or an iterable of bytes of any sizes. A file object stays open.
-    From a `position` on, a path or the standard input is read from its offset; any other source must begin there.
+    `source` is a path, a URL, "-", an open `TextSource`, a binary file object or an iterable of bytes of any sizes. A
+    file object stays open. From a `position` on, a file object or iterable must begin there.
     Raises TokenizerError at once for a tokenizer that cannot be cut; InputError, here or from the iterator at the place
     where it happens, for what cannot be read.
     """
@@ -238,60 +202,9 @@ def _tokenize(reads: Iterator[bytes], decoder: Utf8Decoder, text: IncrementalTok
 def _reads(source: Source, read_bytes: int, offset: int, stop: threading.Event) -> Iterator[bytes]:
     """Non-empty bytes objects, until the end. Opens a path now, so that its errors come before any thread."""
     if isinstance(source, str | Path):
-        file = open_text(source)
-        if str(source) != "-":
-            _seek(file, offset, str(source))
-            return _read_file(file, read_bytes, stop, close=True)
-        return _without_first(_read_file(file, read_bytes, stop, close=True), offset, "the standard input")
+        source = ByteFile(source)
+    if hasattr(source, "reads"):
+        return cast(TextSource, source).reads(read_bytes, offset, stop)
     if hasattr(source, "read"):
-        return _read_file(cast(BinaryIO, source), read_bytes, stop, close=False)
-    return (data for data in source if data)
-
-
-def _seek(file: BinaryIO, offset: int, name: str) -> None:
-    if offset and (size := file.seek(0, io.SEEK_END)) < offset:
-        file.close()
-        raise _too_short(offset, size, name)
-    if offset:
-        file.seek(offset)
-
-
-def _without_first(reads: Iterator[bytes], offset: int, name: str) -> Iterator[bytes]:
-    """What comes after `offset` bytes, of what cannot be sought in."""
-    left = offset
-    for data in reads:
-        if left < len(data):
-            yield data[left:]
-        left = max(left - len(data), 0)
-    if left:
-        raise _too_short(offset, offset - left, name)
-
-
-def _too_short(offset: int, size: int, name: str) -> InputError:
-    return InputError(f"expected at least {offset:,} bytes in {name}, found {size:,}; the text was another one before")
-
-
-def _read_file(file: BinaryIO, read_bytes: int, stop: threading.Event, close: bool) -> Iterator[bytes]:
-    try:
-        while _wait_until_readable(file, stop):
-            try:
-                data = file.read(read_bytes)
-            except OSError as error:
-                raise InputError(f"cannot read the input: {error.strerror or error}") from error
-            if not data:
-                return
-            yield data
-    finally:
-        if close:
-            file.close()
-
-
-def _wait_until_readable(file: BinaryIO, stop: threading.Event) -> bool:
-    """Wait for data or the end of an unbuffered file, so that a silent pipe does not keep the thread. False: stop."""
-    while isinstance(file, io.RawIOBase) and not stop.is_set():
-        try:
-            if select.select([file], [], [], 0.05)[0]:
-                break
-        except (OSError, ValueError):
-            break  # nothing select knows (a raw stream without a descriptor)
-    return not stop.is_set()
+        return read_pieces(cast(BinaryIO, source), read_bytes, stop)
+    return (data for data in cast(Iterable[bytes], source) if data)

@@ -18,7 +18,7 @@ FLOORS = (
     {"rmt_kernels", "_C", "errors"},
     {"config", "layouts", "memory"},
     {"backbones"},
-    {"checkpoint", "cut_rules", "text_input", "tokens"},
+    {"checkpoint", "cut_rules", "records", "sources", "text_input", "tokens"},
     {"engine", "executors", "sampling"},
     {"inputs", "run", "scoring", "stream"},
     {"evaluation"},

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tokenizer_zoo import ATOMS, corpus, definition
 
 from rmt_engine.errors import InputError, TokenizerError
-from rmt_engine.text_input import TextPosition, Utf8Decoder, open_text, tokenize_stream
+from rmt_engine.sources import open_file
+from rmt_engine.text_input import TextPosition, Utf8Decoder, tokenize_stream
 from rmt_engine.tokens import Tokenizer
 
 
@@ -91,18 +92,18 @@ def test_errors_is_strict_or_replace() -> None:
 
 def test_what_cannot_be_opened_is_said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"there is no file .*gone\.txt; give the path of a text file, or -"):
-        open_text(tmp_path / "gone.txt")
+        open_file(tmp_path / "gone.txt")
     with pytest.raises(InputError, match=r"expected a text file, found a directory: .*; give one of the files"):
-        open_text(tmp_path)
+        open_file(tmp_path)
     (tmp_path / "empty.txt").touch()
     with pytest.raises(InputError, match=r"expected text, found an empty file: .*empty\.txt"):
-        open_text(tmp_path / "empty.txt")
+        open_file(tmp_path / "empty.txt")
     (tmp_path / "a").write_text("x")
     with pytest.raises(InputError, match=r"cannot read .*a/b: Not a directory"):
-        open_text(tmp_path / "a" / "b")
+        open_file(tmp_path / "a" / "b")
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(InputError, match="there is no standard input to read"):
-        open_text("-")
+        open_file("-")
 
 
 def test_dash_is_the_standard_input(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
