@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <string>
@@ -24,6 +25,35 @@ unsigned long main_thread = 0;
 void remember_main_thread() {
   main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
 }
+
+// Work without the GIL. A thread that asks for it back while the interpreter ends is told to exit by unwinding, which
+// would cross our destructors and abort; it sleeps instead, until the process is gone, as Python 3.14 lets it.
+class GilReleased {
+ public:
+  GilReleased() : state_(PyEval_SaveThread()) {}
+  ~GilReleased() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {
+      while (true) ::pause();
+    }
+  }
+  GilReleased(const GilReleased&) = delete;
+  GilReleased& operator=(const GilReleased&) = delete;
+
+ private:
+  PyThreadState* const state_;
+};
+
+// A fork copies no threads, and locks as they happen to be: what a thread of the parent may have been using cannot even
+// be destroyed in the child, so it is left lying.
+struct LeftInChild {
+  pid_t owner = ::getpid();
+  template <class T>
+  void operator()(T* object) const {
+    if (::getpid() == owner) delete object;
+  }
+};
 
 // Python runs signal handlers in its main thread only; the others need not take the GIL to learn of no signal, which
 // would also be unsafe for a daemon thread while the interpreter ends.
@@ -82,23 +112,24 @@ std::shared_ptr<FileSource> open_source(const std::filesystem::path& path, const
   std::optional<DType> named;
   if (dtype != "auto") named = dtype_from_name(dtype);
   const auto dropped = integers(drop_ids, "drop_ids");
-  const py::gil_scoped_release release;
+  const GilReleased released;
   return std::make_shared<FileSource>(path.string(), named, dropped, static_cast<uint64_t>(start));
 }
 
 std::shared_ptr<PushedSource> pushed_source(const py::iterable& drop_ids, py::ssize_t capacity) {
-  return std::make_shared<PushedSource>(integers(drop_ids, "drop_ids"), positive(capacity, "capacity"));
+  auto* source = new PushedSource(integers(drop_ids, "drop_ids"), positive(capacity, "capacity"));
+  return {source, LeftInChild{}};
 }
 
 uint64_t count_tokens(TokenSource& source) {
   const Poll poll = signal_poll();
-  const py::gil_scoped_release release;
+  const GilReleased released;
   return source.count(poll);
 }
 
 void push_tokens(PushedSource& source, const void* data, DType dtype, size_t count) {
   const Poll poll = signal_poll();
-  const py::gil_scoped_release release;
+  const GilReleased released;
   source.push(data, dtype, count, poll);
 }
 
@@ -129,20 +160,22 @@ void push(PushedSource& source, const py::object& ids) {
   push_tokens(source, tokens.data(), DType::kInt64, tokens.size());
 }
 
-std::unique_ptr<SegmentStream> make_stream(std::shared_ptr<TokenSource> source, py::ssize_t segment_size,
-                                           std::optional<py::ssize_t> first_segment_size, py::ssize_t ring_slots,
-                                           std::optional<int64_t> vocab_size) {
+using StreamHolder = std::unique_ptr<SegmentStream, LeftInChild>;
+
+StreamHolder make_stream(std::shared_ptr<TokenSource> source, py::ssize_t segment_size,
+                         std::optional<py::ssize_t> first_segment_size, py::ssize_t ring_slots,
+                         std::optional<int64_t> vocab_size) {
   StreamOptions options;
   options.segment_size = positive(segment_size, "segment_size");
   options.first_segment_size = positive(first_segment_size.value_or(segment_size), "first_segment_size");
   options.ring_slots = positive(ring_slots, "ring_slots");
   options.vocab_size = vocab_size;
-  return std::make_unique<SegmentStream>(std::move(source), options);
+  return StreamHolder(new SegmentStream(std::move(source), options));
 }
 
 std::optional<Segment> next_segment(SegmentStream& stream) {
   const Poll poll = signal_poll();
-  const py::gil_scoped_release release;
+  const GilReleased released;
   return stream.next(poll);
 }
 
@@ -152,7 +185,7 @@ Segment iterate(SegmentStream& stream) {
 }
 
 void stop(SegmentStream& stream) {
-  const py::gil_scoped_release release;
+  const GilReleased released;
   stream.stop();
 }
 
@@ -189,8 +222,8 @@ void bind_sources(py::module_& m) {
       .def("push", &push, "ids"_a,
            "Adds a 1-D integer array or list; waits while the queue is full. Raises ValueError after close() or\n"
            "fail(), StreamStopped once the stream that reads has stopped.")
-      .def("close", &PushedSource::close, py::call_guard<py::gil_scoped_release>(), "The input ends here.")
-      .def("fail", &PushedSource::fail, "message"_a, py::call_guard<py::gil_scoped_release>(),
+      .def("close", &PushedSource::close, py::call_guard<GilReleased>(), "The input ends here.")
+      .def("fail", &PushedSource::fail, "message"_a, py::call_guard<GilReleased>(),
            "The input ends here, and the stream raises InputError(message) after the whole segments before it.");
   source
       .def_static("open", &open_source, "path"_a, "dtype"_a = "auto", "drop_ids"_a = py::tuple(), "start"_a = 0,
@@ -210,7 +243,8 @@ void bind_stream(py::module_& m) {
       .def_readonly("last", &Segment::last, "True when no token follows.")
       .def("__len__", [](const Segment& s) { return s.size; })
       .def("__repr__", &segment_repr);
-  py::class_<SegmentStream>(m, "SegmentStream", "Cuts a source into segments, read ahead by a thread of its own.")
+  py::class_<SegmentStream, StreamHolder>(m, "SegmentStream",
+                                          "Cuts a source into segments, read ahead by a thread of its own.")
       .def(py::init(&make_stream), "source"_a, "segment_size"_a, "first_segment_size"_a = py::none(),
            "ring_slots"_a = 8, "vocab_size"_a = py::none())
       .def("next", &next_segment, "Waits for the next segment; None at the end of the input.")

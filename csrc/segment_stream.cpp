@@ -1,6 +1,7 @@
 #include "segment_stream.hpp"
 
 #include <signal.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -10,6 +11,7 @@ namespace {
 
 // A ring is a staging place; one larger than this is a mistake in an argument.
 constexpr size_t kMaxRingTokens = size_t{1} << 27;
+constexpr size_t kMaxRingSlots = size_t{1} << 16;
 
 using Clock = std::chrono::steady_clock;
 
@@ -17,7 +19,10 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 
 StreamOptions checked(StreamOptions options) {
   if (options.segment_size == 0) throw ArgumentError("segment_size: expected at least 1 token, came 0");
-  if (options.ring_slots == 0) throw ArgumentError("ring_slots: expected at least 1, came 0");
+  if (options.ring_slots == 0 || options.ring_slots > kMaxRingSlots) {
+    throw ArgumentError("ring_slots: expected 1 to " + std::to_string(kMaxRingSlots) + ", came " +
+                        std::to_string(options.ring_slots));
+  }
   if (options.segment_size > kMaxRingTokens / options.ring_slots) {
     throw ArgumentError("segment_size=" + std::to_string(options.segment_size) +
                         " times ring_slots=" + std::to_string(options.ring_slots) + " is over " +
@@ -51,6 +56,7 @@ void block_signals() {
 
 SegmentStream::SegmentStream(std::shared_ptr<TokenSource> source, const StreamOptions& options)
     : options_(checked(options)),
+      process_(::getpid()),
       source_(std::move(source)),
       memory_(allocate(options_)),
       reader_(source_->reader()),
@@ -61,7 +67,14 @@ SegmentStream::SegmentStream(std::shared_ptr<TokenSource> source, const StreamOp
   thread_ = std::thread(&SegmentStream::run, this);
 }
 
+// A fork copies neither the reader thread nor the state of its locks.
+void SegmentStream::check_process() const {
+  if (::getpid() == process_) return;
+  throw Stopped("this stream belongs to the process that made it and does not survive a fork(); make one in the child");
+}
+
 std::optional<Segment> SegmentStream::next(const Poll& poll) {
+  check_process();
   Lock lock(mutex_);
   released_ = taken_;
   memory_->released = true;
@@ -92,6 +105,7 @@ Segment SegmentStream::take() {
 }
 
 void SegmentStream::stop() {
+  if (::getpid() != process_) return;  // there is no thread to stop, and the lock may be taken for ever
   {
     const Lock lock(mutex_);
     stopping_ = true;
@@ -104,6 +118,7 @@ void SegmentStream::stop() {
 }
 
 StreamStats SegmentStream::stats() const {
+  check_process();
   const Lock lock(mutex_);
   return stats_;
 }

@@ -4,6 +4,8 @@
 // holds the reader back, an empty one the consumer, so memory is the same number however long the input is.
 #pragma once
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -54,12 +56,12 @@ struct StreamStats {
 class SegmentStream {
  public:
   SegmentStream(std::shared_ptr<TokenSource> source, const StreamOptions& options);
-  ~SegmentStream() { stop(); }
+  ~SegmentStream() { stop(); }  // in the process that made it
   SegmentStream(const SegmentStream&) = delete;
   SegmentStream& operator=(const SegmentStream&) = delete;
 
   // Gives the previous segment's slot back and waits for the next one; none at the end of the input. Throws what went
-  // wrong in the reader (InputError) after the segments before it, and Stopped after stop().
+  // wrong in the reader (InputError) after the segments before it, and Stopped after stop() or in a forked child.
   std::optional<Segment> next(const Poll& poll);
 
   // From any thread, any number of times. Wakes whoever waits and ends the reader thread.
@@ -70,6 +72,7 @@ class SegmentStream {
  private:
   using Lock = std::unique_lock<std::mutex>;
 
+  void check_process() const;
   void run();
   void read_segments();
   bool half_free() const;
@@ -81,6 +84,7 @@ class SegmentStream {
   Segment take();
 
   const StreamOptions options_;
+  const pid_t process_;
   const std::shared_ptr<TokenSource> source_;
   const std::shared_ptr<SlotMemory> memory_;
   std::unique_ptr<TokenReader> reader_;

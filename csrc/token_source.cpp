@@ -69,6 +69,7 @@ class QueueReader : public TokenReader {
  public:
   QueueReader(std::shared_ptr<PushedSource> source, const DropSet& drop)
       : TokenReader(drop), source_(std::move(source)) {}
+  ~QueueReader() override { source_->stop_reading(); }  // a stream that failed to start must not leave a push waiting
   void stop() override {
     TokenReader::stop();
     source_->stop_reading();

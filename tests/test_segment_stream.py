@@ -317,6 +317,7 @@ def test_what_cannot_be_pushed(ids, words):
         ({"segment_size": -3}, "segment_size: expected at least 1, came -3"),
         ({"segment_size": 2**60}, "use smaller segments or fewer slots"),
         ({"segment_size": 4, "ring_slots": 0}, "ring_slots: expected at least 1, came 0"),
+        ({"segment_size": 1, "ring_slots": 1 << 20}, "ring_slots: expected 1 to 65536, came 1048576"),
         ({"segment_size": 4, "first_segment_size": 0}, "first_segment_size: expected at least 1, came 0"),
         ({"segment_size": 4, "first_segment_size": 5}, "first_segment_size: expected 1 to segment_size=4, came 5"),
         ({"segment_size": 4, "vocab_size": 0}, "vocab_size: expected at least 1, came 0"),
@@ -442,6 +443,61 @@ time.sleep(0.05)
     assert subprocess.run([sys.executable, "-c", program], timeout=10).returncode == 0
 
 
+@pytest.mark.parametrize("source", ["open(sys.argv[1], 'uint8')", "pushed(capacity=4)"])
+def test_the_interpreter_ends_while_threads_work(source, tmp_path):
+    program = f"""
+import sys, threading, time
+from rmt_engine._C import SegmentStream, TokenSource
+def read():
+    while True:
+        source = TokenSource.{source}
+        if hasattr(source, "push"):
+            threading.Thread(target=push, args=(source,), daemon=True).start()
+        for _ in SegmentStream(source, 4):
+            pass
+def push(source):
+    while True:
+        source.push([1, 2, 3])
+for _ in range(3):
+    threading.Thread(target=read, daemon=True).start()
+time.sleep(0.02)
+"""
+    path = save(tmp_path, "t.bin", np.zeros(10_000, dtype=np.uint8))
+    for _ in range(5):
+        ended = subprocess.run([sys.executable, "-c", program, path], timeout=20, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+
+
+def test_a_fork_leaves_streams_to_the_parent(tmp_path):
+    program = """
+import gc, os, sys
+from rmt_engine._C import SegmentStream, StreamStopped, TokenSource
+waiting, full = TokenSource.pushed(), TokenSource.open(sys.argv[1], "uint8")
+streams = [SegmentStream(waiting, 2), SegmentStream(full, 2)]
+segment = streams[1].next()
+child = os.fork()
+if child == 0:
+    for call in (streams[0].next, streams[1].stats):
+        try:
+            call()
+        except StreamStopped as error:
+            assert "does not survive a fork(); make one in the child" in str(error)
+        else:
+            os._exit(2)
+    streams[0].stop()
+    assert segment.ids.tolist() == [0, 0]
+    assert len([s.index for s in SegmentStream(full, 10)]) == 1000, "a file can be read on"
+    del streams, waiting, segment
+    gc.collect()
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+waiting.push([1, 2, 3])
+assert streams[0].next().ids.tolist() == [1, 2]
+"""
+    path = save(tmp_path, "t.bin", np.zeros(10_000, dtype=np.uint8))
+    subprocess.run([sys.executable, "-c", program, path], timeout=20, check=True)
+
+
 @pytest.mark.parametrize("waits_in", ["next", "push"])
 def test_ctrl_c_ends_a_wait(waits_in):
     source = TokenSource.pushed(capacity=4)
@@ -491,6 +547,40 @@ def test_stats_say_who_waits():
 def resident_bytes():
     """Anonymous and file-mapped pages alike: a mapped file would show here."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def anonymous_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "VmSwap:")))
+
+
+@pytest.mark.parametrize("kind", ["file", "pushed", "failed", "waiting", "refused"])
+def test_nothing_is_left_of_ten_thousand_streams(kind, tmp_path):
+    file = TokenSource.open(save(tmp_path, "t.npy", np.arange(100)))
+
+    def cycle():
+        source = file if kind == "file" else TokenSource.pushed(capacity=100)
+        if kind in ("pushed", "failed"):
+            source.push(ids)
+        if kind == "failed":
+            source.fail("gone")
+        if kind == "refused":
+            with pytest.raises(ValueError, match="segment_size"):
+                SegmentStream(source, 0)
+            return
+        stream = SegmentStream(source, 4)
+        if kind != "waiting":
+            stream.next()
+        stream.stop()
+
+    ids = np.arange(10)
+    for _ in range(500):
+        cycle()
+    before = anonymous_bytes(), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    for _ in range(10_000):
+        cycle()
+    assert anonymous_bytes() - before[0] < 1 << 19
+    assert (len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))) == before[1:]
 
 
 def test_memory_is_flat_over_a_gigabyte(tmp_path):

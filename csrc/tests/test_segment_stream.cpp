@@ -251,6 +251,69 @@ TEST("stop: at random moments, from two threads, with someone pushing") {
   }
 }
 
+TEST("stop: many push while it stops, closes or fails, and each push ends") {
+  std::mt19937 random(12);
+  for (int round = 0; round < 100; ++round) {
+    const auto source = std::make_shared<PushedSource>(Ids{}, 1 + random() % 64);
+    SegmentStream stream(source, options(1 + random() % 9, 0, 1 + random() % 4));
+    std::vector<std::thread> producers;
+    for (int who = 0; who < 4; ++who) {
+      producers.emplace_back([&] {
+        const Ids ids = range(50);
+        try {
+          while (true) source->push(ids.data(), DType::kInt64, ids.size(), {});
+        } catch (const Stopped&) {
+        } catch (const ArgumentError&) {  // the input was ended first
+        }
+      });
+    }
+    std::thread ender([&, pause = std::chrono::microseconds(random() % 300), way = random() % 3] {
+      std::this_thread::sleep_for(pause);
+      if (way == 0) source->close();
+      if (way == 1) source->fail("the disk is gone");
+      if (way == 2) stream.stop();
+    });
+    try {
+      while (stream.next({})) {
+      }
+    } catch (const Stopped&) {
+    } catch (const InputError&) {
+    }
+    ender.join();
+    for (auto& producer : producers) producer.join();
+  }
+}
+
+TEST("stop: from within the wait of a slow consumer, the ring full") {
+  SegmentStream stream(holding(range(1000)), options(4));
+  CHECK(stream.next({}));
+  sleep_ms(5);
+  std::thread one([&] { stream.stop(); }), two([&] { stream.stop(); });
+  one.join();
+  two.join();
+  CHECK_THROWS(Stopped, "stopped", stream.next({}));
+}
+
+TEST("files: many streams on one source at once, some stopped early, read the same") {
+  const TempFile file("t.bin", bytes_of(range(100000)));
+  const auto source = std::make_shared<FileSource>(file.path, DType::kInt64, Ids{});
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> readers;
+  for (int who = 0; who < 4; ++who) {
+    readers.emplace_back([&, who] {
+      SegmentStream stream(source, options(100 + who));
+      int64_t expected = 0;
+      while (const auto segment = stream.next({})) {
+        for (size_t i = 0; i < segment->size; ++i) wrong += segment->ids[i] != expected++;
+        if (who == 0 && segment->index == 7) return;
+      }
+      wrong += expected != 100000;
+    });
+  }
+  for (auto& reader : readers) reader.join();
+  CHECK(wrong == 0);
+}
+
 TEST("next: a poll that throws ends the wait, and the stream goes on") {
   const auto source = open_queue({});
   SegmentStream stream(source, options(2));
@@ -263,7 +326,8 @@ TEST("next: a poll that throws ends the wait, and the stream goes on") {
 TEST("arguments: each mistake has its words") {
   const auto make = [](StreamOptions o) { SegmentStream stream(holding({}), o); };
   CHECK_THROWS(ArgumentError, "segment_size: expected at least 1", make(options(0)));
-  CHECK_THROWS(ArgumentError, "ring_slots: expected at least 1", make(options(4, 4, 0)));
+  CHECK_THROWS(ArgumentError, "ring_slots: expected 1 to 65536, came 0", make(options(4, 4, 0)));
+  CHECK_THROWS(ArgumentError, "ring_slots: expected 1 to 65536, came 65537", make(options(4, 4, 65537)));
   CHECK_THROWS(ArgumentError, "first_segment_size: expected 1 to segment_size=4, came 5", make(options(4, 5)));
   CHECK_THROWS(ArgumentError, "use smaller segments or fewer slots", make(options(SIZE_MAX / 2)));
   auto o = options(4);

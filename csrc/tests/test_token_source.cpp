@@ -259,6 +259,17 @@ TEST("pushed: a reader that waits is woken by stop()") {
   other.join();
 }
 
+TEST("pushed: who waits is woken when the reader is gone without a stop()") {
+  const auto source = pushed(2);
+  auto reader = source->reader();
+  std::thread other([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    reader.reset();
+  });
+  CHECK_THROWS(Stopped, "push no more", push(*source, range(3)));
+  other.join();
+}
+
 TEST("pushed: mistakes") {
   CHECK_THROWS(ArgumentError, "capacity: expected at least 1 token, came 0", pushed(0));
   const auto source = pushed(1);
