@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"rmt-engine {_version()}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_run(commands)
+    _add_ask(commands)
     _add_convert(commands)
     _add_inspect(commands)
     _add_eval(commands)
@@ -78,8 +79,24 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     run.add_argument("--token-dtype", metavar="T", help="type of a raw token file: uint16, uint32, int32, int64")
     run.add_argument("--max-n-segments", type=_count, metavar="N", help="read only the first N segments of tokens")
     run.add_argument("--json", action="store_true", help="print one JSON object")
+    state = run.add_argument_group("state")
+    state.add_argument("--save-state", metavar="F", help="keep the context in this file: at the end, and on Ctrl-C")
+    state.add_argument("--checkpoint-every", type=_count, metavar="N", help="save it every N tokens too")
+    state.add_argument("--resume", metavar="F", help="go on from this state, in the middle of an input or after it")
+    state.add_argument("--allow-inexact", action="store_true", help="resume under another dtype or device")
     _add_model(run)
     _add_machine(run)
+
+
+def _add_ask(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    ask = commands.add_parser("ask", help="ask a context that was saved", epilog=EPILOG)
+    ask.add_argument("question", nargs="+", metavar="Q")
+    ask.add_argument("--resume", required=True, metavar="F", help="state file of run --save-state")
+    ask.add_argument("--max-new-tokens", type=_count, default=16, metavar="N", help="longest answer (default: 16)")
+    ask.add_argument("--allow-inexact", action="store_true", help="under another dtype or device")
+    ask.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_model(ask)
+    _add_machine(ask)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

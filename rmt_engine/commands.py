@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from rmt_engine.engine import DTYPES, Engine
 from rmt_engine.evaluation import retrieval
 from rmt_engine.evaluation.noise import Noise, noise_text
 from rmt_engine.progress import counting, finish, human, mebibytes
-from rmt_engine.run import EARLY_TOKENS, SAMPLE, Summary
+from rmt_engine.run import EARLY_TOKENS, SAMPLE, Checkpoints, Summary
+from rmt_engine.stream import Stream
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -24,16 +26,49 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def run(options: argparse.Namespace) -> int:
     """`rmt-engine run`: reads the input to its end, then prints what was asked for and the summary."""
+    if options.checkpoint_every and not options.save_state:
+        raise ValueError("--checkpoint-every needs --save-state F, the file to save to")
     engine = _engine(options)
-    _check_questions(engine, options)
+    if engine.config.family != "decoder" and (options.ask or options.generate):
+        raise ValueError("this checkpoint is a classifier: it prints labels; leave out --ask and --generate")
+    _check_questions(engine, options.ask, options.max_new_tokens)
+    if options.generate:
+        engine.tokenizer  # noqa: B018 - raises where there is none
+        engine.check_answer_fits(1, options.generate)
+    checkpoints = Checkpoints(options.save_state, options.checkpoint_every) if options.save_state else None
     events = engine.run(
         options.input,
         token_dtype=options.token_dtype,
         errors=options.errors,
         max_n_segments=options.max_n_segments,
+        checkpoints=checkpoints,
+        resume=options.resume,
+        allow_inexact=options.allow_inexact,
     )
-    result = _result(finish(events, str(options.input)), options)
+    try:
+        summary = finish(events, str(options.input))
+    except BaseException:
+        if checkpoints is not None and checkpoints.saved_at is not None:
+            path = checkpoints.path
+            print(f"the state at token {checkpoints.saved_at:,} is saved: go on with --resume {path}", file=sys.stderr)
+        raise
+    result = _result(summary, options)
     print(json.dumps(result, ensure_ascii=False) if options.json else _text(result, engine, options))
+    return 0
+
+
+def ask(options: argparse.Namespace) -> int:
+    """`rmt-engine ask`: answers from a saved context, in the time of a segment."""
+    engine = _engine(options)
+    if engine.config.family != "decoder":
+        raise ValueError("this checkpoint is a classifier: it answers no questions; rmt-engine run prints its labels")
+    _check_questions(engine, options.question, options.max_new_tokens)
+    stream = engine.resume(options.resume, options.allow_inexact)
+    answers = _answers(stream, options.question, options.max_new_tokens)
+    if options.json:
+        print(json.dumps({"state": options.resume, "tokens": stream.position, "answers": answers}, ensure_ascii=False))
+    else:
+        print("\n".join(map(_answer, answers)))
     return 0
 
 
@@ -51,19 +86,19 @@ def _engine(options: argparse.Namespace) -> Engine:
     )
 
 
-def _check_questions(engine: Engine, options: argparse.Namespace) -> None:
+def _check_questions(engine: Engine, questions: Sequence[str], max_new_tokens: int) -> None:
     """Tells before hours of reading what can never be answered after them."""
-    decoder = engine.config.family == "decoder"
-    if not decoder and (options.ask or options.generate):
-        raise ValueError("this checkpoint is a classifier: it prints labels; leave out --ask and --generate")
-    for question in options.ask:
+    for question in questions:
         ids = engine.tokenizer.encode(engine.config.ask_template.replace("{question}", question))
         if len(ids) > engine.config.segment_size:
-            raise ValueError(f"--ask {question!r} has {len(ids)} tokens; a segment holds {engine.config.segment_size}")
-        engine.check_answer_fits(len(ids), options.max_new_tokens)
-    if options.generate:
-        engine.tokenizer  # noqa: B018 - raises where there is none
-        engine.check_answer_fits(1, options.generate)
+            raise ValueError(
+                f"the question {question!r} has {len(ids)} tokens; a segment holds {engine.config.segment_size}"
+            )
+        engine.check_answer_fits(len(ids), max_new_tokens)
+
+
+def _answers(stream: Stream, questions: Sequence[str], max_new_tokens: int) -> list[dict[str, str]]:
+    return [{"question": question, "answer": stream.ask(question, max_new_tokens).strip()} for question in questions]
 
 
 def _result(summary: Summary, options: argparse.Namespace) -> dict[str, Any]:
@@ -83,12 +118,14 @@ def _result(summary: Summary, options: argparse.Namespace) -> dict[str, Any]:
     if stream.engine.config.family == "encoder_classifier":
         result["labels"] = [{"label": name, "score": score} for name, score in stream.classify()]
     if options.ask:
-        result["answers"] = [
-            {"question": q, "answer": stream.ask(q, options.max_new_tokens).strip()} for q in options.ask
-        ]
+        result["answers"] = _answers(stream, options.ask, options.max_new_tokens)
     if options.generate:
         result["generated"] = stream.generate(options.generate)
     return result
+
+
+def _answer(entry: dict[str, str]) -> str:
+    return f"{entry['question']}  {entry['answer']}"
 
 
 def _text(result: dict[str, Any], engine: Engine, options: argparse.Namespace) -> str:
@@ -108,11 +145,13 @@ def _text(result: dict[str, Any], engine: Engine, options: argparse.Namespace) -
             f"{mebibytes(result['rss_anon_late'])} at {human(result['tokens'])}"
         )
     lines += [f"{entry['score']:.4f}  {entry['label']}" for entry in result.get("labels", [])]
-    lines += [f"{entry['question']}  {entry['answer']}" for entry in result.get("answers", [])]
+    lines += [_answer(entry) for entry in result.get("answers", [])]
     if "generated" in result:
         lines.append(result["generated"])
-    if engine.config.family == "decoder" and not options.ask and not options.generate:
-        lines.append('ask about it: add --ask "…"; continue it: --generate N')
+    if options.save_state:
+        lines.append(f'saved: ask it with rmt-engine ask --resume {options.save_state} "…"')
+    elif engine.config.family == "decoder" and not options.ask and not options.generate:
+        lines.append('ask about it: --ask "…"; keep it for later: --save-state FILE; continue it: --generate N')
     return "\n".join(lines)
 
 

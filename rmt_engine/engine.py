@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ from rmt_engine.config import RMTConfig
 from rmt_engine.errors import BackendError, TokenizerError
 from rmt_engine.executors import EagerExecutor
 from rmt_engine.layouts import Cut, drop
+from rmt_engine.memory import Origin, fingerprint
 from rmt_engine.tokens import Tokenizer
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class Engine:
         self.executor = executor
         self._tokenizer = tokenizer
         self.backend = backend
+        self._weights: Mapping[str, Tensor] = {}  # as loaded, for the fingerprint: mapped from the file, not copied
 
     @classmethod
     def from_pretrained(
@@ -102,7 +105,9 @@ class Engine:
         backend = _backend(backend, where)
         placed = {name: tensor.to(where, precision) for name, tensor in weights.items()}
         backbone = module_of(config.model_type).build(config.backbone, placed, backend)
-        return cls(config, EagerExecutor(config, backbone, placed["memory"]), tokenizer, backend)
+        engine = cls(config, EagerExecutor(config, backbone, placed["memory"]), tokenizer, backend)
+        engine._weights = weights
+        return engine
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -118,6 +123,13 @@ class Engine:
     @property
     def dtype(self) -> torch.dtype:
         return self.executor.initial.dtype
+
+    @cached_property
+    def origin(self) -> Origin:
+        """What a state of this engine belongs to; reads all weights once, when a state is first saved or resumed."""
+        tokenizer = None if self._tokenizer is None else self._tokenizer.hash
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Origin(fingerprint(self.config, self._weights), tokenizer, dtype, self.device.type)
 
     @property
     def vocab_size(self) -> int:
@@ -241,7 +253,16 @@ class Engine:
 
         return Stream(self, length, alignment)
 
-    def run(self, source: Any, **options: Any) -> Iterator[Event]:
+    def resume(self, path: str | Path, allow_inexact: bool = False) -> Stream:
+        """The stream that `Stream.save` wrote: it goes on with the same bits as if it had never stopped.
+
+        allow_inexact: also under another dtype or device. Raises StateError.
+        """
+        from rmt_engine.stream import resume
+
+        return resume(self, path, allow_inexact)[0]
+
+    def run(self, source: Any, **options: Any) -> Generator[Event, None, None]:
         """Reads a file, `-` or a token file; yields progress and then the summary. See `rmt_engine.run.run`."""
         from rmt_engine.run import run
 

@@ -22,6 +22,10 @@ class BackendError(RMTError):
     """A backend or executor that was asked for cannot run on this machine."""
 
 
+class NumericalError(RMTError):
+    """The memory state is no longer finite."""
+
+
 class CheckpointError(RMTError):
     """A checkpoint that is damaged, incomplete, or of a family this engine does not run."""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from rmt_engine.run import Event, Progress, Summary, resident_bytes
@@ -28,13 +28,12 @@ def mebibytes(size: int | None) -> str:
     return "unknown" if size is None else f"{size / 2**20:.1f} MiB"
 
 
-def finish(events: Iterable[Event], title: str) -> Summary:
-    """Runs to the end, showing a bar if stderr is a terminal; returns the summary."""
-    if sys.stderr.isatty():
-        events = _with_bar(events, title)
-    for event in events:
-        if isinstance(event, Summary):
-            return event
+def finish(events: Generator[Event, None, None], title: str) -> Summary:
+    """Runs to the end, showing a bar if stderr is a terminal; returns the summary. Whatever happens, the run ends."""
+    with closing(events):
+        for event in _with_bar(events, title) if sys.stderr.isatty() else events:
+            if isinstance(event, Summary):
+                return event
     raise AssertionError("a run ends with its summary")
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from rmt_engine.errors import InputError
-from rmt_engine.inputs import count_tokens, open_input
+from rmt_engine.inputs import InputPosition, Text, TokenFile, count_tokens, open_input
+from rmt_engine.layouts import Cut
 from rmt_engine.stream import Stream
+from rmt_engine.stream import resume as resume_stream
 
 if TYPE_CHECKING:
     from rmt_engine.engine import Engine
@@ -35,12 +35,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Summary:
-    """The end of a run. seconds: wall time of reading. ms_early, ms_late: medians of a segment step over the first and
-    the last 1,000 full segments. memory_early, memory_late: anonymous resident bytes (RssAnon) at 200,000 tokens and at
-    the end. stream: to ask, fork or feed on."""
+    """The end of a run. tokens, segments: of the whole stream; read, seconds: tokens and wall time of this run.
+
+    ms_early, ms_late: medians of a segment step over the first and the last 1,000 full segments. memory_early,
+    memory_late: anonymous resident bytes (RssAnon) at 200,000 tokens and at the end. stream: to ask, fork or feed on.
+    """
 
     tokens: int
     segments: int
+    read: int
     seconds: float
     ms_early: float | None
     ms_late: float | None
@@ -50,10 +53,29 @@ class Summary:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+        return self.read / self.seconds if self.seconds else 0.0
 
 
 Event = Progress | Summary
+
+
+@dataclass
+class Checkpoints:
+    """Where a run saves its state: at the end, when it is interrupted or fails, and every so many tokens.
+
+    saved_at: the position of the last state written, or None.
+    """
+
+    path: str | Path
+    every: int | None = None
+    saved_at: int | None = None
+
+    def is_due(self, position: int) -> bool:
+        return self.every is not None and position - (self.saved_at or 0) >= self.every
+
+    def save(self, stream: Stream, place: InputPosition, done: bool = False) -> None:
+        stream.save(self.path, {**place.to_dict(), "done": done})
+        self.saved_at = stream.position
 
 
 def run(
@@ -62,47 +84,103 @@ def run(
     *,
     token_dtype: str | None = None,
     errors: str = "strict",
+    field: str | None = None,
     alignment: str | None = None,
     max_n_segments: int | None = None,
-) -> Iterator[Event]:
+    checkpoints: Checkpoints | None = None,
+    resume: str | Path | None = None,
+    allow_inexact: bool = False,
+) -> Generator[Event, None, None]:
     """Reads `source` (a text file, "-", or a token file: `.npy`, or raw with `token_dtype`) to its end.
 
     Yields Progress after each segment and one Summary. The last segment, full or not, is kept as the stream's rest:
-    nothing is asked yet, and a question may still share it. Raises InputError, TokenizerError, ValueError.
+    nothing is asked yet, and a question may still share it. `resume` goes on from a state file: inside its input if
+    that was not read to the end, else with `source` as the text that follows. Raises InputError, TokenizerError,
+    StateError, NumericalError, ValueError.
     """
-    alignment = alignment or engine.config.alignment
-    limit = None if max_n_segments is None else max_n_segments * engine.config.segment_size
-    if limit is not None and limit < 1:
+    if max_n_segments is not None and max_n_segments < 1:
         raise ValueError(f"max_n_segments must be at least 1; got {max_n_segments}")
-    length = None
-    if alignment != "left":
-        length = count_tokens(engine, source, token_dtype=token_dtype, errors=errors, alignment=alignment)
-        length = length if limit is None else min(length, limit)
-    stream = Stream(engine, length, alignment)
-    clock = _Clock()
-    with (
-        open_input(engine, source, token_dtype=token_dtype, errors=errors) as feed,
-        feed.segments(stream.cut, engine.vocab_size) as segments,
-    ):
-        for segment in feed.errors_of(segments):
-            end = segment.position + len(segment)
-            if segment.last or (limit is not None and end >= limit):
-                stream.rest = np.array(segment.ids)
-                break
-            with clock:
-                stream.fold(segment.ids)
-            clock.look_at_memory(end)
-            yield Progress(stream.segments, end, feed.fraction(end))
+    limit = None if max_n_segments is None else max_n_segments * engine.config.segment_size
+    options = {"token_dtype": token_dtype, "errors": errors, "field": field}
+    if resume is None:
+        stream, place = _new_stream(engine, source, options, alignment or engine.config.alignment, limit), None
+    else:
+        stream, place = _resumed(engine, resume, allow_inexact)
+    clock = _Clock(stream.position)
+    if not (place and _is_read(place, source)):
+        start = None if place is None or place["done"] else InputPosition.from_dict(_without_done(place))
+        with open_input(engine, source, **options, start=start) as opened:  # type: ignore[arg-type]
+            yield from _read(stream, opened, clock, limit, checkpoints)
     if not stream.position:
         raise InputError(f"{source} holds no tokens of content: there is nothing to read")
     yield clock.summary(stream)
 
 
+def _read(
+    stream: Stream, opened: TokenFile | Text, clock: _Clock, limit: int | None, checkpoints: Checkpoints | None
+) -> Iterator[Progress]:
+    """Folds an opened input segment by segment; whatever ends it, the state is saved where that was asked for."""
+    begun = stream.position
+    done = False
+    room = stream.place.next_size - len(stream.rest) or stream.place.size
+    try:
+        with opened.segments(Cut(room, stream.place.size), stream.engine.vocab_size) as segments:
+            for segment in opened.errors_of(segments):
+                ids = segment.ids if limit is None else segment.ids[: max(limit - stream.position, 0)]
+                with clock:
+                    stream.take(ids)
+                clock.look_at_memory(stream.position)
+                if limit is not None and stream.position >= limit:
+                    return
+                if checkpoints is not None and checkpoints.is_due(stream.position):
+                    checkpoints.save(stream, opened.position_at(stream.position - begun))
+                yield Progress(stream.segments, stream.position, opened.fraction(stream.position - begun))
+        done = True
+    finally:
+        if checkpoints is not None and (done or stream.position > begun):
+            checkpoints.save(stream, opened.position_at(stream.position - begun), done)
+
+
+def _new_stream(
+    engine: Engine, source: str | Path, options: dict[str, str | None], alignment: str, limit: int | None
+) -> Stream:
+    if alignment == "left":
+        return Stream(engine, alignment=alignment)
+    length = count_tokens(engine, source, **options, alignment=alignment)  # type: ignore[arg-type]
+    return Stream(engine, length if limit is None else min(length, limit), alignment)
+
+
+def _resumed(engine: Engine, path: str | Path, allow_inexact: bool) -> tuple[Stream, Mapping[str, Any] | None]:
+    """The stream of a state file, and the place in the input that it was reading."""
+    stream, place = resume_stream(engine, path, allow_inexact)
+    if place is None or place["done"]:
+        if stream.place.length is not None:
+            raise ValueError(
+                f"{path} was aligned for exactly {stream.place.length:,} tokens and has them: it can be asked, but no "
+                "text can follow; to go on later, read with --alignment left"
+            )
+        stream.flush()
+    return stream, place
+
+
+def _is_read(place: Mapping[str, Any], source: str | Path) -> bool:
+    """Whether this very input was read to its end before: then the same command has nothing left to read."""
+    path = Path(source)
+    return bool(
+        place["done"] and path.is_file() and (place["name"], place["size"]) == (str(source), path.stat().st_size)
+    )
+
+
+def _without_done(place: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in place.items() if key != "done"}
+
+
 class _Clock:
     """Times of segment steps and the process's memory, with a bounded number of samples."""
 
-    def __init__(self) -> None:
+    def __init__(self, position: int) -> None:
         self.start = time.perf_counter()
+        self.position = position
         self.early: list[float] = []
         self.late: deque[float] = deque(maxlen=SAMPLE)
         self.steps = 0
@@ -127,7 +205,10 @@ class _Clock:
         early, late = (1e3 * statistics.median(times) if times else None for times in (self.early, self.late))
         seconds = time.perf_counter() - self.start
         segments = stream.segments + 1  # the rest is the last one
-        return Summary(stream.position, segments, seconds, early, late, self.memory_early, resident_bytes(), stream)
+        read = stream.position - self.position
+        return Summary(
+            stream.position, segments, read, seconds, early, late, self.memory_early, resident_bytes(), stream
+        )
 
 
 def resident_bytes() -> int | None:

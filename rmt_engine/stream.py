@@ -1,18 +1,22 @@
-"""One unbounded input: fed piece by piece, asked at any time, never held whole."""
+"""One unbounded input: fed piece by piece, asked at any time, saved and resumed, never held whole."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rmt_engine.errors import NumericalError, StateError
 from rmt_engine.layouts import Cut
+from rmt_engine.memory import MemoryState, StateFile
 from rmt_engine.sampling import generate
-from rmt_engine.tokens import IncrementalTokenizer
+from rmt_engine.text_input import Utf8Decoder
 
 if TYPE_CHECKING:
     from rmt_engine.engine import Engine
@@ -34,13 +38,9 @@ class Stream:
                 f"this checkpoint aligns segments {alignment}, which needs the length: "
                 'use engine.stream(length=N), or engine.stream(alignment="left")'
             )
-        self.cut = Cut.of(length or 0, engine.config.segment_size, alignment)
-        self.length = length if alignment != "left" else None
-        self.state = engine.initial_memory()  # [1, M, E]
-        self.rest = np.empty(0, dtype=np.int64)
-        self.segments = 0
-        self.folded = 0
-        self._text: IncrementalTokenizer | None = None  # made when text comes
+        cut = Cut.of(length or 0, engine.config.segment_size, alignment)
+        # All that a stream is, replaced whole and never written in place: an interruption falls between two states.
+        self.place = MemoryState(engine.initial_memory(), cut.first, cut.size, length if alignment != "left" else None)
 
     def __enter__(self) -> Stream:
         return self
@@ -50,38 +50,54 @@ class Stream:
 
     @property
     def memory(self) -> Tensor:
-        return self.state[0]
+        return self.place.memory[0]
+
+    @property
+    def rest(self) -> np.ndarray:
+        return self.place.rest
 
     @property
     def position(self) -> int:
-        return self.folded + len(self.rest)
+        return self.place.position
 
-    def feed(self, text_or_ids: str | Ids) -> None:
-        """Reads more: text, or token ids (1-D). Text held back by the tokenizer is flushed before ids.
+    @property
+    def segments(self) -> int:
+        """Segments folded into the memory."""
+        return self.place.segments
 
-        Raises ValueError for ids outside the vocabulary; the stream is then as it was.
+    def feed(self, text_or_ids: str | bytes | Ids) -> None:
+        """Reads more: text, UTF-8 bytes that may end inside a character, or token ids (1-D).
+
+        What the tokenizer holds back is flushed before ids. Raises ValueError for ids outside the vocabulary and more
+        tokens than announced, InputError for bytes that are not UTF-8; the stream is then as it was. Raises
+        NumericalError for a memory that is no longer finite; the stream then stands at the last segment that was.
         """
-        if isinstance(text_or_ids, str):
-            if self._text is None:
-                self._text = self.engine.tokenizer.incremental()
-            self._read(self._text.feed(text_or_ids))
+        if isinstance(text_or_ids, bytes):
+            self._feed_bytes(text_or_ids)
+        elif isinstance(text_or_ids, str):
+            self._flush_bytes()
+            self._feed_text(text_or_ids)
         else:
             ids = self._checked(text_or_ids)
-            self._flush_text()
+            self.flush()
             self._read(ids)
 
     def finish(self) -> None:
         """Folds the unfinished rest as a short segment."""
-        self._flush_text()
+        self.flush()
         if len(self.rest):
-            self.fold(self.rest)
-            self.rest = self.rest[:0]
+            self.place = self._folded(replace(self.place, rest=self.rest[:0]), self.rest)
 
     def fork(self) -> Stream:
         """An independent stream at the same place."""
-        twin = copy.copy(self)
-        twin._text = None if self._text is None else self._text.clone()
-        return twin  # the state and the rest are replaced, never written in place
+        return copy.copy(self)
+
+    def save(self, path: str | Path, input: Mapping[str, Any] | None = None) -> None:
+        """Writes the context to a small file, atomically; `Engine.resume` goes on from it with the same bits.
+
+        input: the place in an input that is not read to its end (`InputPosition.to_dict`). Raises OSError.
+        """
+        StateFile(self.place, self.engine.origin, input).save(path)
 
     def ask(self, question: str, max_new_tokens: int = 16, split: str = "fold") -> str:
         """The greedy answer to a question about what was read, from a fork: the stream itself does not move.
@@ -101,10 +117,10 @@ class Stream:
         if self.engine.config.family != "encoder_classifier":
             raise ValueError("this checkpoint is a decoder: it has no labels; use ask or generate")
         fork = self.fork()
-        fork._flush_text()
+        fork.flush()
         if not len(fork.rest):
             raise ValueError("nothing stands in the last segment: classify before finish(), after feeding the input")
-        logits = self.engine.executor.logits(fork._tensor(fork.rest), fork.state)
+        logits = self.engine.executor.logits(fork._tensor(fork.rest), fork.place.memory)
         scores = logits[0].softmax(-1).tolist()
         names = self.engine.config.labels or [str(i) for i in range(len(scores))]
         return sorted(zip(names, scores, strict=True), key=lambda pair: -pair[1])
@@ -114,10 +130,10 @@ class Stream:
         if engine.config.family != "decoder":
             raise ValueError("this checkpoint is a classifier: it generates no text; use classify")
         fork = self.fork()
-        fork._flush_text()
+        fork.flush()
         final = fork._final_segment(question, split)
         engine.check_answer_fits(len(final), max_new_tokens)
-        new = generate(engine.executor, fork._tensor(final), fork.state, max_new_tokens, engine.config.stop_ids)
+        new = generate(engine.executor, fork._tensor(final), fork.place.memory, max_new_tokens, engine.config.stop_ids)
         return engine.tokenizer.decode(new[0])
 
     def _final_segment(self, question: np.ndarray, split: str) -> np.ndarray:
@@ -131,13 +147,36 @@ class Stream:
             if len(question) > size:
                 raise ValueError(f"the question has {len(question)} tokens; a segment holds {size}")
             self.finish()
-        self.length = None  # the question comes on top of the length that was announced
+        self.place = replace(self.place, length=None)  # the question comes on top of what was announced
         self._read(question)
         return self.rest
 
-    def _flush_text(self) -> None:
-        if self._text is not None:
-            self._read(self._text.flush())
+    def _feed_text(self, text: str) -> None:
+        place = self.place
+        tokenizer = self.engine.tokenizer.incremental(place.held_text, place.continued)
+        ids = tokenizer.feed(text)
+        self._read(ids, held_text=tokenizer.held, continued=tokenizer.continued)
+
+    def _feed_bytes(self, data: bytes) -> None:
+        decoder = Utf8Decoder(held=self.place.held_bytes, offset=self.place.bytes_read)
+        before = self.place
+        self._feed_text(decoder.feed(data))
+        assert self.place is not before
+        self.place = replace(self.place, held_bytes=decoder.held, bytes_read=decoder.offset)
+
+    def _flush_bytes(self) -> None:
+        """The end of a text that came as bytes. Raises InputError inside a character."""
+        if self.place.held_bytes:
+            Utf8Decoder(held=self.place.held_bytes, offset=self.place.bytes_read).flush()
+        self.place = replace(self.place, bytes_read=0)
+
+    def flush(self) -> None:
+        """Ends the text that was fed so far: what the tokenizer holds back becomes tokens."""
+        self._flush_bytes()
+        place = self.place
+        if place.held_text or place.continued:
+            ids = self.engine.tokenizer.incremental(place.held_text, place.continued).flush()
+            self._read(ids, held_text="", continued=False)
 
     def _checked(self, ids: Ids) -> np.ndarray:
         array = np.asarray(ids)
@@ -151,27 +190,47 @@ class Stream:
             raise ValueError(f"token id {array[wrong[0]]} at place {wrong[0]} is outside 0..{last} (vocab_size)")
         return array.astype(np.int64)
 
-    def _read(self, ids: np.ndarray) -> None:
+    def _read(self, ids: np.ndarray, **text: Any) -> None:
+        """Reads ids, and sets what the tokenizer holds back after them."""
         if self.engine.config.drop_ids:
             ids = ids[~np.isin(ids, self.engine.config.drop_ids)]
-        if self.length is not None and self.position + len(ids) > self.length:
-            raise ValueError(f"the stream was made for {self.length} tokens; {self.position + len(ids)} have come")
-        waiting = np.concatenate([self.rest, ids])
-        start = 0
-        while len(waiting) - start > self._next_size():
-            size = self._next_size()
-            self.fold(waiting[start : start + size])
-            start += size
-        self.rest = waiting[start:].copy()
+        length, position = self.place.length, self.position + len(ids)
+        if length is not None and position > length:
+            raise ValueError(f"the stream was made for {length} tokens; {position} have come")
+        self.take(ids, **text)
 
-    def _next_size(self) -> int:
-        return self.cut.size if self.segments else self.cut.first
+    def take(self, ids: np.ndarray, **text: Any) -> None:
+        """`feed` for checked ids [N] of content, as a segment stream gives them."""
+        waiting, start, place = np.concatenate([self.rest, ids]), 0, self.place
+        while len(waiting) - start > place.next_size:
+            end = start + place.next_size
+            place = self._folded(replace(place, rest=waiting[:0]), waiting[start:end])
+            start = end
+            if len(waiting) - start > place.next_size:  # the last one is set below, together with its rest
+                self.place = place
+        self.place = replace(place, rest=waiting[start:].copy(), **text)
 
-    def fold(self, ids: np.ndarray) -> None:
-        """Folds one whole segment of checked ids [L] into the memory; `feed` is the way in for everything else."""
-        self.state = self.engine.executor.fold(self._tensor(ids), self.state)
-        self.segments += 1
-        self.folded += len(ids)
+    def _folded(self, place: MemoryState, ids: np.ndarray) -> MemoryState:
+        memory = self.engine.executor.fold(self._tensor(ids), place.memory)
+        if not bool(memory.isfinite().all()):
+            raise NumericalError(
+                f"the memory state is not finite after segment {place.segments} (tokens {place.folded} to "
+                f"{place.folded + len(ids) - 1}); the stream stands before it. Half-precision overflows where "
+                "float32 does not: try --dtype float32"
+            )
+        return replace(place, memory=memory, segments=place.segments + 1, folded=place.folded + len(ids))
 
     def _tensor(self, ids: np.ndarray) -> Tensor:
         return torch.from_numpy(ids).to(self.engine.device)[None]
+
+
+def resume(engine: Engine, path: str | Path, allow_inexact: bool = False) -> tuple[Stream, Mapping[str, Any] | None]:
+    """The stream of a state file, and the place in its input if that was not read to the end. Raises StateError."""
+    saved = StateFile.load(path)
+    saved.origin.check(engine.origin, allow_inexact)
+    initial = engine.initial_memory()
+    if saved.state.memory.shape != initial.shape:
+        raise StateError(f"{path}: memory {list(saved.state.memory.shape)}, expected {list(initial.shape)}")
+    stream = Stream(engine, alignment="left")
+    stream.place = replace(saved.state, memory=saved.state.memory.to(initial))
+    return stream, saved.input
