@@ -49,6 +49,22 @@ class EagerExecutor:
         return self.backbone.write_memory(hidden[:, text:]), self.backbone.head(hidden[:, :text])
 
     @torch.inference_mode()
+    def fold_with_scores(self, ids: Tensor, memory: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """One segment -> the new memory state, the log-probability of each of its tokens [B, L], its last row [B, E].
+
+        A token is predicted by the row before it. `before` is the last row of the segment before this one, which
+        predicts the first token here, as in the reference's logits; None at the start of a stream, where the last row
+        of read memory predicts it.
+        """
+        assert isinstance(self.layout, DecoderLayout)
+        text, count = ids.shape[1], self.layout.num_mem_tokens
+        hidden = self._layers(ids, memory, (count - 1, 2 * count + text))  # [B, 1 + L + M, E]
+        first = hidden[:, :1] if before is None else before[:, None]
+        rows = torch.cat([first, hidden[:, 1:text]], dim=1)
+        scores = self.backbone.log_probabilities(rows, ids)
+        return self.backbone.write_memory(hidden[:, 1 + text :]), scores, hidden[:, text].clone()
+
+    @torch.inference_mode()
     def logits(self, ids: Tensor, memory: Tensor) -> Tensor:
         """A classifier's answer [B, C] if the input ended with this segment; the memory is not written."""
         assert isinstance(self.layout, EncoderLayout)

@@ -16,11 +16,11 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. Modules of one floor may import each other; `backbones` stands for all its files.
 FLOORS = (
     {"rmt_kernels", "_C", "errors"},
-    {"config", "layouts", "memory"},
+    {"config", "layouts", "memory", "scoring"},
     {"backbones"},
     {"checkpoint", "cut_rules", "records", "sources", "text_input", "tokens"},
     {"engine", "executors", "sampling"},
-    {"inputs", "run", "scoring", "stream"},
+    {"inputs", "run", "stream"},
     {"evaluation"},
     {"__init__", "__main__", "cli", "commands", "progress"},
 )

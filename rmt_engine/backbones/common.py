@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from rmt_kernels.lm_head import LMHead
+from rmt_kernels.lm_head import LMHead, LogProbabilities
 from rmt_kernels.memory import ReadMemory, WriteMemory
 from rmt_kernels.segment_attention import KVCache
 from torch import Tensor
@@ -33,6 +33,7 @@ class Backbone(Protocol):
     read_memory: ReadMemory  # (row_ids [B, T], memory [B, M, E], offsets) -> hidden [B, T, E]
     write_memory: WriteMemory  # hidden [B, M, E] of the write rows -> memory state [B, M, E]
     head: LMHead  # hidden [B, R, E] -> logits [B, R, V]; a classifier: hidden of [CLS] [B, E] -> logits [B, C]
+    log_probabilities: LogProbabilities  # decoders: hidden [B, R, E], ids [B, R] -> log-probability of each id [B, R]
 
     def embed(self, ids: Tensor, position: int) -> Tensor:
         """ids [B, R] at positions position, position+1, … -> hidden [B, R, E]."""

@@ -101,7 +101,9 @@ class GPT2:
         self.embed = memory.plan_embed(embeddings, backend=backend)
         self.blocks = [GPT2Block(config, weights, i, backend) for i in range(config["n_layer"])]
         self.write_memory = memory.plan_write(final_norm, backend=backend)
-        self.head = lm_head.plan(Linear(weights.get("lm_head.weight", tokens)), final_norm, backend=backend)
+        head = Linear(weights.get("lm_head.weight", tokens))
+        self.head = lm_head.plan(head, final_norm, backend=backend)
+        self.log_probabilities = lm_head.plan_nll(head, final_norm, backend=backend)
 
 
 build = GPT2

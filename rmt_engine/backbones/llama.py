@@ -130,7 +130,9 @@ class Llama:
             LlamaBlock(config, weights, i, (rope[0], rope[1]), backend) for i in range(config["num_hidden_layers"])
         ]
         self.write_memory = memory.plan_write(final_norm, backend=backend)
-        self.head = lm_head.plan(Linear(weights.get("lm_head.weight", tokens)), final_norm, backend=backend)
+        head = Linear(weights.get("lm_head.weight", tokens))
+        self.head = lm_head.plan(head, final_norm, backend=backend)
+        self.log_probabilities = lm_head.plan_nll(head, final_norm, backend=backend)
 
 
 build = Llama

@@ -1,4 +1,4 @@
-"""Logits of the rows that somebody asked for."""
+"""Logits of the rows that somebody asked for, and log-probabilities of given tokens without holding the logits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ from rmt_kernels.dispatch import implementation
 from rmt_kernels.weights import Linear, Norm
 
 LMHead = Callable[[Tensor], Tensor]
+# f(hidden [B, R, E], targets int64 [B, R]) -> log-probability of each target, fp32 [B, R]
+LogProbabilities = Callable[[Tensor, Tensor], Tensor]
 
 
 def plan(linear: Linear, norm: Norm | None, *, backend: str) -> LMHead:
     """-> f(hidden [B, R, E]) -> logits [B, R, V] in fp32: the backbone's final norm, then the head."""
     return implementation("lm_head", backend).plan(linear, norm)
+
+
+def plan_nll(linear: Linear, norm: Norm | None, *, backend: str) -> LogProbabilities:
+    """-> f(hidden [B, R, E], targets int64 [B, R]) -> log-probabilities [B, R] in fp32, minus the NLL.
+
+    targets are ids in 0..V-1; -1 asks for nothing and gives 0. `ref` holds the logits [B, R, V], `cpu` a tile of them.
+    """
+    return implementation("lm_head", backend).plan_nll(linear, norm)
