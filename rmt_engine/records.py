@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import threading
@@ -26,17 +25,14 @@ def open_text(source: str | Path, field: str | None = None, errors: str = "stric
     kind = suffixes(source)[0]
     if field is None:
         if kind in (*JSON_LINES, PARQUET):
-            raise ValueError(
-                f"{source} holds records: name the field to read with --field (field=), as in --field text"
-            )
+            raise ValueError(f"{source} holds records: name the field to read, as in --field text (field='text')")
         return ByteFile(source)
     if kind == PARQUET:
         return Parquet(source, field, errors)
     if kind in JSON_LINES or str(source) == "-":
         return JSONLines(source, field, errors)
-    raise ValueError(
-        f"--field (field=) is for records: {', '.join(JSON_LINES)}, {PARQUET}, or - with JSON lines; not {source}"
-    )
+    kinds = ", ".join((*JSON_LINES, PARQUET))
+    raise ValueError(f"--field (field=) is for records, {kinds} or JSON lines on the standard input; not for {source}")
 
 
 class JSONLines(TextSource):
@@ -111,10 +107,8 @@ class Parquet(TextSource):
         self.field = field
         self.errors = errors
         arrow = _arrow(self.name)
-        self.file = open_file(source)
+        self.file, self.size = open_file(source)
         try:
-            self.size = int(self.file.seek(0, io.SEEK_END))
-            self.file.seek(0)
             # buffer_size: a column is read through a buffer, not a whole row group at once
             self.table = arrow.ParquetFile(self.file, buffer_size=1 << 20, pre_buffer=False)
         except Exception as error:  # arrow's own

@@ -10,6 +10,7 @@ import gzip
 import io
 import os
 import select
+import stat
 import sys
 import threading
 import zlib
@@ -82,9 +83,9 @@ class ByteFile(TextSource):
         """Raises InputError for what cannot be opened, is empty, or needs a package that is not there."""
         self.name = "the standard input" if str(source) == "-" else str(source)
         self.compression = "" if str(source) == "-" else suffixes(source)[1]
-        self._raw = _Counted(open_file(source))
-        self.size = _size(source, self._raw.file)
-        self._file = self._decompressed()
+        file, self.size = open_file(source)
+        self._raw = _Counted(file)
+        self._file, self._damage = self._decompressed()
 
     def reads(self, read_bytes: int, offset: int, stop: threading.Event) -> Iterator[bytes]:
         if self._seeks(offset):
@@ -97,12 +98,15 @@ class ByteFile(TextSource):
     def close(self) -> None:
         self._raw.file.close()
 
-    def _decompressed(self) -> BinaryIO:
+    def _decompressed(self) -> tuple[BinaryIO, tuple[type[Exception], ...]]:
+        """The file, and what it raises where its container is damaged."""
         if self.compression == ".gz":
-            return cast(BinaryIO, gzip.GzipFile(fileobj=cast(BinaryIO, self._raw), mode="rb"))
+            file = gzip.GzipFile(fileobj=cast(BinaryIO, self._raw), mode="rb")
+            return cast(BinaryIO, file), (EOFError, gzip.BadGzipFile, zlib.error)
         if self.compression == ".zst":
-            return cast(BinaryIO, _zstd(self.name).ZstdFile(self._raw))
-        return self._raw.file
+            zstd = _zstd(self.name)
+            return cast(BinaryIO, zstd.ZstdFile(self._raw)), (EOFError, zstd.ZstdError)
+        return self._raw.file, ()
 
     def _seeks(self, offset: int) -> bool:
         """Whether it now stands at `offset`."""
@@ -124,12 +128,10 @@ class ByteFile(TextSource):
                 if not self.compression:
                     self._raw.taken += len(data)
                 yield data
-        except InputError:
-            raise
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except self._damage as error:
             raise InputError(f"{self.name} is damaged or cut off: {error}; copy or compress it again") from error
-        except Exception as error:  # zstd's own, and whatever a remote file system raises
-            raise InputError(f"cannot read {self.name}: {error or type(error).__name__}") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {self.name}: {getattr(error, 'strerror', None) or error}") from error
         finally:
             self.close()
 
@@ -149,15 +151,7 @@ class _Counted:
 
 def read_pieces(file: BinaryIO, read_bytes: int, stop: threading.Event) -> Iterator[bytes]:
     """Non-empty pieces of a binary file, until its end or `stop`."""
-    while _wait_until_readable(file, stop):
-        try:
-            data = file.read(read_bytes)
-        except gzip.BadGzipFile:  # an OSError too
-            raise
-        except OSError as error:
-            raise InputError(f"cannot read the input: {error.strerror or error}") from error
-        if not data:
-            return
+    while _wait_until_readable(file, stop) and (data := file.read(read_bytes)):
         yield data
 
 
@@ -179,14 +173,14 @@ def too_short(offset: int, size: int, name: str) -> InputError:
 # ------------------------------------------------------------------------------------------------- opening
 
 
-def open_file(source: str | Path) -> BinaryIO:
-    """A path, a URL, or "-" for the standard input, opened for binary reading, a path without a buffer.
+def open_file(source: str | Path) -> tuple[BinaryIO, int | None]:
+    """A path, a URL, or "-" for the standard input, opened for binary reading, and its bytes where they are known.
 
-    Raises InputError for a missing file, a directory, an empty file, where there is no permission, and for a URL that
-    fsspec cannot open.
+    A path comes without a buffer. Raises InputError for a missing file, a directory, an empty file, where there is no
+    permission, and for a URL that fsspec cannot open.
     """
     if str(source) == "-":
-        return _open_stdin()
+        return _open_stdin(), None
     if is_url(source):
         return open_url(str(source))
     path = Path(source)
@@ -200,10 +194,13 @@ def open_file(source: str | Path) -> BinaryIO:
         ) from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    if path.is_file() and os.fstat(file.fileno()).st_size == 0:
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        return cast(BinaryIO, file), None
+    if status.st_size == 0:
         file.close()
         raise InputError(f"expected text, found an empty file: {path}")
-    return cast(BinaryIO, file)
+    return cast(BinaryIO, file), status.st_size
 
 
 def _open_stdin() -> BinaryIO:
@@ -216,14 +213,17 @@ def _open_stdin() -> BinaryIO:
     return sys.stdin.buffer
 
 
-def open_url(url: str) -> BinaryIO:
-    """What fsspec opens, read ahead by a bounded piece. Raises InputError."""
+def open_url(url: str) -> tuple[BinaryIO, int | None]:
+    """What fsspec opens, read ahead by a bounded piece, and its bytes where they are known. Raises InputError."""
     from fsspec.core import url_to_fs  # comes with torch
 
     protocol = url.split("://", 1)[0]
     try:
         system, path = url_to_fs(url)
-        return cast(BinaryIO, system.open(path, "rb", block_size=URL_BLOCK, cache_type="readahead"))
+        info = system.info(path)
+        parts = not protocol.startswith("http") or info.get("partial")  # a server may give the whole only, in one go
+        file = system.open(path, "rb", block_size=URL_BLOCK if parts else 0, cache_type="readahead")
+        return cast(BinaryIO, file), info.get("size") or None
     except ImportError as error:
         extra = {"http": "url", "https": "url", "s3": "s3"}.get(protocol)
         remedy = f"pip install 'rmt-engine[{extra}]'" if extra else "install the package that it names"
@@ -232,16 +232,6 @@ def open_url(url: str) -> BinaryIO:
         raise InputError(f"there is no file {url}") from None
     except Exception as error:  # each file system has its own
         raise InputError(f"cannot open {url}: {error or type(error).__name__}") from error
-
-
-def _size(source: str | Path, file: BinaryIO) -> int | None:
-    if str(source) == "-":
-        return None
-    if is_url(source):
-        size = getattr(file, "size", None)
-        return int(size) if size else None
-    path = Path(source)
-    return path.stat().st_size if path.is_file() else None
 
 
 def _zstd(name: str) -> Any:

@@ -206,5 +206,12 @@ def _reads(source: Source, read_bytes: int, offset: int, stop: threading.Event) 
     if hasattr(source, "reads"):
         return cast(TextSource, source).reads(read_bytes, offset, stop)
     if hasattr(source, "read"):
-        return read_pieces(cast(BinaryIO, source), read_bytes, stop)
+        return _of_file(cast(BinaryIO, source), read_bytes, stop)
     return (data for data in cast(Iterable[bytes], source) if data)
+
+
+def _of_file(file: BinaryIO, read_bytes: int, stop: threading.Event) -> Iterator[bytes]:
+    try:
+        yield from read_pieces(file, read_bytes, stop)
+    except OSError as error:
+        raise InputError(f"cannot read the input: {error.strerror or error}") from error
