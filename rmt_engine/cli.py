@@ -68,8 +68,12 @@ def _version() -> str:
 def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     run = commands.add_parser("run", help="read an input segment by segment, then answer", epilog=EPILOG)
     run.add_argument(
-        "--input", required=True, metavar="FILE", help="text in UTF-8, - for stdin, or a token file (.npy, .bin)"
+        "--input",
+        required=True,
+        metavar="FILE",
+        help="text in UTF-8 (also .gz, .zst, URL, - for stdin), records (.jsonl, .parquet), or tokens (.npy, .bin)",
     )
+    run.add_argument("--field", metavar="NAME", help="of records: the field that is read, joined by newlines")
     run.add_argument("--ask", action="append", default=[], metavar="Q", help="a question after the text; repeatable")
     run.add_argument("--generate", type=_count, metavar="N", help="continue the text by at most N tokens")
     run.add_argument(

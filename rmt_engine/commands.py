@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
         options.input,
         token_dtype=options.token_dtype,
         errors=options.errors,
+        field=options.field,
         max_n_segments=options.max_n_segments,
         checkpoints=checkpoints,
         resume=options.resume,
