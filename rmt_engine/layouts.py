@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rmt_engine.config import RMTConfig
+from rmt_engine.config import ALIGNMENTS, RMTConfig
 
 ROW_MULTIPLE = 16  # rows are padded to it: what makes a row's bits independent of its neighbours
 
@@ -93,6 +93,13 @@ class EncoderLayout:
 
 
 Layout = DecoderLayout | EncoderLayout
+
+
+def check_alignment(alignment: str) -> str:
+    """The name itself. Raises ValueError for one that is not known."""
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
+    return alignment
 
 
 def padded(rows: int) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rmt_engine.errors import NumericalError, StateError
-from rmt_engine.layouts import Cut
+from rmt_engine.layouts import Cut, check_alignment
 from rmt_engine.memory import MemoryState, StateFile
 from rmt_engine.sampling import generate
 from rmt_engine.text_input import Utf8Decoder
@@ -32,7 +33,9 @@ class Stream:
 
     def __init__(self, engine: Engine, length: int | None = None, alignment: str | None = None):
         self.engine = engine
-        alignment = alignment or engine.config.alignment
+        alignment = check_alignment(alignment or engine.config.alignment)
+        if length is not None and length < 0:
+            raise ValueError(f"length must be at least 0; got {length}")
         if alignment != "left" and length is None:
             raise ValueError(
                 f"this checkpoint aligns segments {alignment}, which needs the length: "
@@ -72,21 +75,23 @@ class Stream:
         tokens than announced, InputError for bytes that are not UTF-8; the stream is then as it was. Raises
         NumericalError for a memory that is no longer finite; the stream then stands at the last segment that was.
         """
-        if isinstance(text_or_ids, bytes):
-            self._feed_bytes(text_or_ids)
-        elif isinstance(text_or_ids, str):
-            self._flush_bytes()
-            self._feed_text(text_or_ids)
-        else:
-            ids = self._checked(text_or_ids)
-            self.flush()
-            self._read(ids)
+        with self._all_or_nothing():
+            if isinstance(text_or_ids, bytes):
+                self._feed_bytes(text_or_ids)
+            elif isinstance(text_or_ids, str):
+                self._flush_bytes()
+                self._feed_text(text_or_ids)
+            else:
+                ids = _as_ids(text_or_ids)
+                self.flush()
+                self._read(ids)
 
     def finish(self) -> None:
-        """Folds the unfinished rest as a short segment."""
-        self.flush()
-        if len(self.rest):
-            self.place = self._folded(replace(self.place, rest=self.rest[:0]), self.rest)
+        """Folds the unfinished rest as a short segment. Raises ValueError before the announced length has come."""
+        with self._all_or_nothing():
+            self.flush()
+            self._check_complete()
+            self._fold_rest()
 
     def fork(self) -> Stream:
         """An independent stream at the same place."""
@@ -113,11 +118,15 @@ class Stream:
         return self._answer(np.empty(0, dtype=np.int64), max_new_tokens, "fold")
 
     def classify(self) -> list[tuple[str, float]]:
-        """A classifier's labels with their probabilities, best first, if the input ended here. The stream stays."""
+        """A classifier's labels with their probabilities, best first, if the input ended here. The stream stays.
+
+        Raises ValueError where nothing stands in the last segment, and before the announced length has come.
+        """
         if self.engine.config.family != "encoder_classifier":
             raise ValueError("this checkpoint is a decoder: it has no labels; use ask or generate")
         fork = self.fork()
         fork.flush()
+        fork._check_complete()
         if not len(fork.rest):
             raise ValueError("nothing stands in the last segment: classify before finish(), after feeding the input")
         logits = self.engine.executor.logits(fork._tensor(fork.rest), fork.place.memory)
@@ -141,15 +150,20 @@ class Stream:
         size = self.engine.config.segment_size
         if split not in ("fold", "reference"):
             raise ValueError(f"split must be fold or reference; got {split!r}")
+        if split == "reference" and self.place.length is not None:
+            raise ValueError('split="reference" needs a stream that is aligned left: the question moves every border')
+        question = self._content(question)
         if len(self.rest) + len(question) == 0:
             raise ValueError("nothing was read and nothing was asked: feed a text first")
-        if len(self.rest) + len(question) > size and split == "fold":
-            if len(question) > size:
-                raise ValueError(f"the question has {len(question)} tokens; a segment holds {size}")
-            self.finish()
-        self.place = replace(self.place, length=None)  # the question comes on top of what was announced
-        self._read(question)
-        return self.rest
+        if len(self.rest) + len(question) <= size:
+            return np.concatenate([self.rest, question])
+        if split == "reference":
+            self._read(question)
+            return self.rest
+        if len(question) > size:
+            raise ValueError(f"the question has {len(question)} tokens; a segment holds {size}")
+        self._fold_rest()
+        return question
 
     def _feed_text(self, text: str) -> None:
         place = self.place
@@ -178,25 +192,22 @@ class Stream:
             ids = self.engine.tokenizer.incremental(place.held_text, place.continued).flush()
             self._read(ids, held_text="", continued=False)
 
-    def _checked(self, ids: Ids) -> np.ndarray:
-        array = np.asarray(ids)
-        if array.size == 0:
-            array = array.astype(np.int64)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise ValueError(f"expected 1-D integer token ids, got {array.dtype} {list(array.shape)}")
-        wrong = np.flatnonzero((array < 0) | (array >= self.engine.vocab_size))
+    def _content(self, ids: np.ndarray) -> np.ndarray:
+        """Ids of the vocabulary, int64, without those that the checkpoint drops."""
+        wrong = np.flatnonzero((ids < 0) | (ids >= self.engine.vocab_size))
         if len(wrong):
             last = self.engine.vocab_size - 1
-            raise ValueError(f"token id {array[wrong[0]]} at place {wrong[0]} is outside 0..{last} (vocab_size)")
-        return array.astype(np.int64)
+            raise ValueError(f"token id {ids[wrong[0]]} at place {wrong[0]} is outside 0..{last} (vocab_size)")
+        if self.engine.config.drop_ids:
+            ids = ids[~np.isin(ids, self.engine.config.drop_ids)]
+        return ids.astype(np.int64)
 
     def _read(self, ids: np.ndarray, **text: Any) -> None:
         """Reads ids, and sets what the tokenizer holds back after them."""
-        if self.engine.config.drop_ids:
-            ids = ids[~np.isin(ids, self.engine.config.drop_ids)]
+        ids = self._content(ids)
         length, position = self.place.length, self.position + len(ids)
         if length is not None and position > length:
-            raise ValueError(f"the stream was made for {length} tokens; {position} have come")
+            raise ValueError(f"the stream was made for {length} tokens of content; {position} have come")
         self.take(ids, **text)
 
     def take(self, ids: np.ndarray, **text: Any) -> None:
@@ -210,6 +221,26 @@ class Stream:
                 self.place = place
         self.place = replace(place, rest=waiting[start:].copy(), **text)
 
+    def _fold_rest(self) -> None:
+        if len(self.rest):
+            self.place = self._folded(replace(self.place, rest=self.rest[:0]), self.rest)
+
+    def _check_complete(self) -> None:
+        length = self.place.length
+        if length is not None and self.position < length:
+            raise ValueError(f"the stream was made for {length} tokens of content; only {self.position} have come")
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        before = self.place
+        try:
+            yield
+        except NumericalError:
+            raise
+        except BaseException:
+            self.place = before
+            raise
+
     def _folded(self, place: MemoryState, ids: np.ndarray) -> MemoryState:
         memory = self.engine.executor.fold(self._tensor(ids), place.memory)
         if not bool(memory.isfinite().all()):
@@ -222,6 +253,15 @@ class Stream:
 
     def _tensor(self, ids: np.ndarray) -> Tensor:
         return torch.from_numpy(ids).to(self.engine.device)[None]
+
+
+def _as_ids(ids: Ids) -> np.ndarray:
+    array = np.asarray(ids)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"expected 1-D integer token ids, got {array.dtype} {list(array.shape)}")
+    return array
 
 
 def resume(engine: Engine, path: str | Path, allow_inexact: bool = False) -> tuple[Stream, Mapping[str, Any] | None]:

@@ -164,9 +164,13 @@ class IncrementalTokenizer:
     def feed(self, text: str) -> np.ndarray:
         """Take more text; the ids that are certain now, int64 [N].
 
-        Raises InputError, and stays as it was, where more than `held_cap` characters have no safe cut: holding on would
-        let memory grow without bound, and cutting anywhere would give other tokens in silence.
+        Raises InputError, and stays as it was, for a lone surrogate and where more than `held_cap` characters have no
+        safe cut: holding on would let memory grow without bound, cutting anywhere would give other tokens in silence.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # now, and not when it is no longer held back
+            raise InputError(_lone_surrogate(text)) from None
         tail = self._tail(self.rule.lookahead + 1)
         cut = self.rule.last_cut(tail + text) - len(tail)
         if cut <= -len(tail):
