@@ -14,6 +14,7 @@ import torch
 from checkpoints_for_tests import TinyCheckpoint, tiny_decoder, tiny_encoder
 from rmt_kernels import linear_residual, lm_head, memory, norm_linear, segment_attention
 from rmt_kernels.segment_attention import KVCache
+from rmt_kernels.weights import Linear
 from torch import Tensor
 
 from rmt_engine.engine import Engine
@@ -41,19 +42,20 @@ class Counted:
 
     def implementation(self, real: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
         def counted(op: str, backend: str) -> SimpleNamespace:
-            module = real(op, backend)
+            plans = {name: plan for name, plan in vars(real(op, backend)).items() if name.startswith("plan")}
+            names = {"plan": op, "plan_nll": "nll", "plan_write": "write_memory"}  # the others multiply by no weight
             return SimpleNamespace(
-                plan=lambda *weights: self.wrap(op, weights[0], module.plan(*weights)) if op != "memory" else None,
-                plan_read=lambda embeddings: module.plan_read(embeddings),
-                plan_embed=lambda embeddings: module.plan_embed(embeddings),
-                plan_write=lambda norm: self.wrap("write_memory", None, module.plan_write(norm)),
+                **{name: self.counting(names[name], plan) if name in names else plan for name, plan in plans.items()}
             )
 
         return counted
 
+    def counting(self, op: str, plan: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *weights: self.wrap(op, weights[0], plan(*weights))
+
     def wrap(self, op: str, weights: Any, planned: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(x: Tensor, *rest: Any, **options: Any) -> Tensor:
-            size = weights.weight.shape[0] if hasattr(weights, "weight") else 0
+            size = weights.weight.shape[0] if isinstance(weights, Linear) else 0
             if op == "segment_attention":
                 size = options["length"]
                 self.caches += options.get("cache") is not None
@@ -70,7 +72,7 @@ class Counted:
 
     def head_rows(self, step: Callable[[], object]) -> list[int]:
         """Rows of every call of the head."""
-        return [rows for op, _, rows in self.of(step) if op == "lm_head"]
+        return [rows for op, _, rows in self.of(step) if op in ("lm_head", "nll")]
 
     def ids(self, length: int, batch: int = 1) -> Tensor:
         low = 5 if self.engine.config.family == "encoder_classifier" else 0
@@ -262,7 +264,7 @@ def test_a_stream_keeps_one_state_and_a_short_rest(counted: Counted, monkeypatch
     alive.count()
     assert len(alive.memories) == 30 and alive.most_memories <= 1
     assert len(stream.rest) == 1 and stream.rest.base is None, "not a view of everything that was fed"
-    assert stream.state.untyped_storage().nbytes() == MEMORY * 32 * 4
+    assert stream.place.memory.untyped_storage().nbytes() == MEMORY * 32 * 4
 
 
 def test_the_caches_hold_one_segment(decoder: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
