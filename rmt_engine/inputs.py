@@ -6,6 +6,7 @@ An opened input knows its place: `position_at` gives all that is needed to go on
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -94,6 +95,8 @@ class InputPosition:
 
 def is_token_file(source: str | Path, token_dtype: str | None) -> bool:
     """By its type or suffix. Raises ValueError for a token file that cannot be read where it lies."""
+    if token_dtype is not None and str(source) == "-":
+        raise ValueError("the standard input is read as text: give a token file by its path, or leave out its type")
     kind, compression = suffixes(source)
     tokens = token_dtype is not None or kind == ".npy"
     if (tokens or kind == ".bin") and (compression or is_url(source)):
@@ -133,13 +136,19 @@ def count_tokens(
     """Tokens of content: the first pass that right and center alignment need."""
     if is_token_file(source, token_dtype):
         return TokenSource.open(source, token_dtype or "auto", engine.config.drop_ids).count()
-    if str(source) == "-":
+    if str(source) == "-" or _is_pipe(source):
+        what = "the standard input" if str(source) == "-" else f"the pipe {source}"
         raise ValueError(
-            f"this checkpoint aligns segments {alignment}, which needs the length, and the standard input has none: "
+            f"this checkpoint aligns segments {alignment}, which needs the length, and {what} has none: "
             "give a file, or use --alignment left"
         )
     with tokenize_stream(engine.tokenizer, open_text(source, field, errors), errors=errors) as tokens:
         return sum(len(_content(ids, engine.config.drop_ids)) for ids in tokens)
+
+
+def _is_pipe(source: str | Path) -> bool:
+    """Whether a first pass over it would leave nothing for a second one."""
+    return os.path.exists(source) and not os.path.isfile(source) and not os.path.isdir(source)
 
 
 def _content(ids: np.ndarray, drop_ids: tuple[int, ...]) -> np.ndarray:
@@ -255,7 +264,9 @@ class Text:
         try:
             yield from segments
         except InputError:
-            raise (self.error or InputError("the text could not be read")) from None
+            if self.error is None:  # the segment stream's own: a token outside the vocabulary
+                raise
+            raise self.error from None
 
     def position_at(self, tokens: int) -> InputPosition:
         """The place after `tokens` tokens of content since this input was opened: of the segments that were taken.

@@ -5,6 +5,7 @@ read, the held-back text, and at most `ahead` arrays of ids that nobody has take
 """
 
 import codecs
+import contextlib
 import os
 import queue
 import threading
@@ -142,10 +143,12 @@ class TokenStream(Iterator[np.ndarray]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stop reading and end the thread. Nothing more is given out."""
+        """Stop reading and end the thread. Nothing more is given out; who waits in `next` in another thread ends."""
         self._done = True
         self._stop.set()
         self._thread.join()
+        with contextlib.suppress(queue.Full):  # full: nobody waits
+            self._queue.put_nowait(None)
 
     def __enter__(self) -> "TokenStream":
         return self
