@@ -11,6 +11,7 @@ endif
 
 ARGS ?=
 CXX_SOURCES := $(wildcard csrc/*.[ch]pp)
+CXX_CHECKS := $(wildcard csrc/tests/*.[ch]pp csrc/fuzz/*.cpp)
 BUILT_FROM := pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 CLANG_FORMAT = "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"/clang-format
 
@@ -63,12 +64,12 @@ lint: setup ## Check style and types: ruff, mypy, clang-format
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
-	$(CLANG_FORMAT) --dry-run -Werror $(CXX_SOURCES) $(wildcard csrc/tests/*.[ch]pp)
+	$(CLANG_FORMAT) --dry-run -Werror $(CXX_SOURCES) $(CXX_CHECKS)
 
 format: setup ## Format Python and C++ in place
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
-	$(CLANG_FORMAT) -i $(CXX_SOURCES) $(wildcard csrc/tests/*.[ch]pp)
+	$(CLANG_FORMAT) -i $(CXX_SOURCES) $(CXX_CHECKS)
 
 clean: ## Remove what was built; .venv and run/ stay
 	rm -rf build dist *.egg-info rmt_engine/_C.*.so .venv/.ready
