@@ -567,16 +567,40 @@ def test_weights_that_do_not_fit_are_named() -> None:
 def test_dispatch_chooses_once_and_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RMT_BACKEND", raising=False)
     assert dispatch.choose() == dispatch.choose("auto", "cpu") == dispatch.choose("cpu", "cpu") == "cpu"
-    assert dispatch.choose("auto", "cuda") == dispatch.choose("ref", "cuda:1") == "ref"
+    assert dispatch.choose("ref", "cuda:1") == "ref"
     with pytest.raises(ValueError, match=r"^backend must be one of auto, ref, cpu, triton, cuda; got 'mps'$"):
         dispatch.choose("mps")
-    for backend in ("triton", "cuda"):
-        with pytest.raises(
-            RuntimeError, match=f"^backend '{backend}' cannot run: no op is written for it yet; use one"
-        ):
-            dispatch.choose(backend, "cpu")
+    with pytest.raises(
+        RuntimeError, match=r"^backend 'cuda' cannot run: no op is written for it yet; use one of auto,"
+    ):
+        dispatch.choose("cuda", "cpu")
     with pytest.raises(RuntimeError, match=r"^backend 'cpu' cannot run on device 'cuda'; use backend='auto' or device"):
         dispatch.choose("cpu", "cuda")
+
+
+def test_triton_runs_where_it_can_and_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RMT_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert dispatch.choose("auto", "cuda") == dispatch.choose("triton", "cuda:1") == "triton"
+    with pytest.raises(
+        RuntimeError, match=r"^backend 'triton' cannot run: it needs a CUDA device \(on a CPU, TRITON_INT"
+    ):
+        dispatch.choose("triton", "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.choose("triton", "cpu") == "triton" and dispatch.choose("auto", "cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert dispatch.choose("auto", "cuda") == "ref"
+    with pytest.raises(
+        RuntimeError, match=r"^backend 'triton' cannot run: .* 8\.0 or newer, this device has 7\.5; use"
+    ):
+        dispatch.choose("triton", "cuda")
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    assert dispatch.choose("auto", "cuda") == "ref"
+    with pytest.raises(RuntimeError, match=r"^backend 'triton' cannot run: triton is not installed; pip install"):
+        dispatch.choose("triton", "cuda")
 
 
 def test_rmt_backend_stands_in_for_auto_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,163 @@
+"""Launch configurations as data. Every one of them is a default whose compilation is checked; none was tuned on a card.
+
+A configuration is picked by the rows of one slot, never by the number of slots: a row is summed in the same order
+whatever stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+Arch = Literal["sm_80", "sm_90", "sm_100"]
+Width = Literal["half", "full"]  # bytes of an element: 2 (bf16, fp16) or 4 (fp32)
+
+ARCHS: tuple[Arch, ...] = ("sm_80", "sm_90", "sm_100")
+# Bytes of shared memory of one program. "sm_80" also serves its smaller relatives (8.6, 8.9, 12.0), hence 99 KB.
+SHARED_LIMIT: dict[Arch, int] = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+PROGRAMS_WANTED: dict[Arch, int] = {"sm_80": 108, "sm_90": 132, "sm_100": 148}  # multiprocessors of the usual card
+FEW_ROWS = 16  # of one slot: the write memory's rows, a decoded row
+KEYS_APART = 256  # a few query rows over more keys than this share them among programs
+WIDEST_ROW = 16384  # elements that one program normalizes
+
+
+def _power_of_two(name: str, value: int, low: int, high: int) -> None:
+    if value < low or value > high or value & (value - 1):
+        raise ValueError(f"{name}={value}: expected a power of two in {low}..{high}")
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Tile of x Wᵀ: block_m rows by block_n outputs, block_k inputs at a time, `stages` tiles in flight."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_k"):
+            _power_of_two(name, getattr(self, name), 16, 256)
+        _power_of_two("warps", self.warps, 1, 16)
+        if not 1 <= self.stages <= 8:
+            raise ValueError(f"stages={self.stages}: expected 1..8")
+
+    def shared_bytes(self, width: Width) -> int:
+        """What the tiles in flight take."""
+        return (self.block_m + self.block_n) * self.block_k * self.stages * element_bytes(width)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """block_q packed query rows (rows × grouped heads) against block_kv keys at a time."""
+
+    block_q: int
+    block_kv: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        _power_of_two("block_q", self.block_q, 16, 128)
+        _power_of_two("block_kv", self.block_kv, 16, 128)
+        _power_of_two("warps", self.warps, 1, 8)
+        if not 1 <= self.stages <= 4:
+            raise ValueError(f"stages={self.stages}: expected 1..4")
+
+
+def element_bytes(width: Width) -> int:
+    return 2 if width == "half" else 4
+
+
+# For `swiglu`, block_n counts gate and up together.
+LINEAR: dict[tuple[Arch, Width, bool], LinearConfig] = {  # (arch, width, few rows)
+    ("sm_80", "half", False): LinearConfig(64, 128, 32, warps=4, stages=4),
+    ("sm_80", "half", True): LinearConfig(16, 64, 64, warps=4, stages=5),
+    ("sm_80", "full", False): LinearConfig(64, 64, 16, warps=8, stages=3),
+    ("sm_80", "full", True): LinearConfig(16, 64, 32, warps=4, stages=4),
+    ("sm_90", "half", False): LinearConfig(64, 128, 64, warps=4, stages=4),
+    ("sm_90", "half", True): LinearConfig(16, 64, 128, warps=4, stages=5),
+    ("sm_90", "full", False): LinearConfig(64, 64, 16, warps=8, stages=3),
+    ("sm_90", "full", True): LinearConfig(16, 64, 32, warps=4, stages=4),
+    ("sm_100", "half", False): LinearConfig(128, 128, 64, warps=4, stages=4),
+    ("sm_100", "half", True): LinearConfig(16, 64, 128, warps=4, stages=5),
+    ("sm_100", "full", False): LinearConfig(64, 64, 16, warps=8, stages=3),
+    ("sm_100", "full", True): LinearConfig(16, 64, 32, warps=4, stages=4),
+}
+
+ATTENTION: dict[tuple[Arch, Width, bool], AttentionConfig] = {
+    ("sm_80", "half", False): AttentionConfig(64, 64, warps=4, stages=2),
+    ("sm_80", "half", True): AttentionConfig(16, 64, warps=4, stages=2),
+    ("sm_80", "full", False): AttentionConfig(32, 32, warps=4, stages=1),
+    ("sm_80", "full", True): AttentionConfig(16, 32, warps=4, stages=1),
+    ("sm_90", "half", False): AttentionConfig(64, 64, warps=4, stages=2),
+    ("sm_90", "half", True): AttentionConfig(16, 64, warps=4, stages=2),
+    ("sm_90", "full", False): AttentionConfig(32, 32, warps=4, stages=1),
+    ("sm_90", "full", True): AttentionConfig(16, 32, warps=4, stages=1),
+    ("sm_100", "half", False): AttentionConfig(128, 64, warps=4, stages=2),
+    ("sm_100", "half", True): AttentionConfig(16, 64, warps=4, stages=2),
+    ("sm_100", "full", False): AttentionConfig(32, 32, warps=4, stages=1),
+    ("sm_100", "full", True): AttentionConfig(16, 32, warps=4, stages=1),
+}
+
+
+_ASSUMED: ContextVar[Arch | None] = ContextVar("assumed architecture", default=None)
+
+
+@contextmanager
+def assume(arch: Arch) -> Iterator[None]:
+    """Inside, configurations are those of `arch`, whatever the device: for compiling where there is none."""
+    token = _ASSUMED.set(arch)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
+
+
+def arch_of(device: torch.device) -> Arch:
+    """The architecture whose configurations serve a device; the interpreter takes those of sm_80."""
+    return _ASSUMED.get() or _arch_of(device)
+
+
+@lru_cache
+def _arch_of(device: torch.device) -> Arch:
+    if device.type != "cuda":
+        return "sm_80"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_90" if major == 9 else "sm_100" if major == 10 else "sm_80"
+
+
+def width_of(dtype: torch.dtype) -> Width:
+    return "full" if dtype == torch.float32 else "half"
+
+
+def few(slot_rows: int) -> bool:
+    return slot_rows <= FEW_ROWS
+
+
+def linear_config(arch: Arch, dtype: torch.dtype, slot_rows: int) -> LinearConfig:
+    return LINEAR[arch, width_of(dtype), few(slot_rows)]
+
+
+def attention_config(arch: Arch, dtype: torch.dtype, packed_rows: int) -> AttentionConfig:
+    return ATTENTION[arch, width_of(dtype), few(packed_rows)]
+
+
+def split_k(arch: Arch, config: LinearConfig, slot_rows: int, outputs: int, inputs: int) -> int:
+    """Programs that share one tile's inputs, so that one slot alone fills the card; each takes at least 256 inputs."""
+    tiles = -(-slot_rows // config.block_m) * -(-outputs // config.block_n)
+    splits = 1
+    while tiles * splits * 2 <= PROGRAMS_WANTED[arch] and splits * 2 * 256 <= inputs:
+        splits *= 2
+    return splits
+
+
+def row_warps(width: int) -> int:
+    """Warps of a program that holds one row of `width` elements."""
+    return 1 if width <= 512 else 4 if width <= 4096 else 8

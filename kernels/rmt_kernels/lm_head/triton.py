@@ -1,0 +1,153 @@
+"""lm_head on Triton. The norm is a kernel of its own: folded, it would need a second copy of the tied embedding."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rmt_kernels.checks import dims
+from rmt_kernels.configs import arch_of, linear_config
+from rmt_kernels.lm_head import LMHead, LogProbabilities
+from rmt_kernels.triton_linear import TritonLinear, load_weights
+from rmt_kernels.triton_rows import NUMERICS, check_dtype, on, plan_norm
+from rmt_kernels.weights import Linear, Norm
+
+# Columns of the vocabulary that one program sums. Fixed, so that the order of a sum does not depend on the rows.
+PART_COLUMNS = 2048
+JOINED_ROWS = 64
+
+
+@triton.jit
+def nll_kernel(
+    p_x,  # [R, K], normalized
+    p_w,  # [V, K]
+    p_bias,  # [V]
+    p_targets,  # [R] int64
+    p_maximum,  # [parts, R] fp32: of the part's logits · log2(e)
+    p_weight,  # [parts, R] fp32: sum of 2^(logit · log2(e) - maximum)
+    p_chosen,  # [parts, R] fp32: the target's logit where the part holds it, else 0
+    rows,  # R
+    V: tl.constexpr,
+    K: tl.constexpr,
+    BIAS: tl.constexpr,
+    PART: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    i_m = tl.program_id(0)
+    i_part = tl.program_id(1)
+    o_m = i_m * BM + tl.arange(0, BM)
+    m_m = o_m < rows
+    o_row = tl.minimum(o_m, rows - 1).to(tl.int64)
+    p_rows = p_x + (o_row * K)[:, None]
+    target = tl.load(p_targets + o_row)
+    maximum = tl.full([BM], float("-inf"), dtype=tl.float32)
+    weight = tl.zeros([BM], dtype=tl.float32)
+    chosen = tl.zeros([BM], dtype=tl.float32)
+    for n in range(i_part * PART, min(i_part * PART + PART, V), BN):
+        o_v = (n + tl.arange(0, BN)).to(tl.int64)
+        logits = tl.zeros([BM, BN], dtype=tl.float32)
+        for k in range(0, K, BK):
+            o_k = k + tl.arange(0, BK)
+            if K % BK == 0:
+                a = tl.load(p_rows + o_k[None, :])
+            else:
+                a = tl.load(p_rows + o_k[None, :], mask=(o_k < K)[None, :], other=0.0)
+            logits = tl.dot(a, load_weights(p_w, o_v, o_k, V, K, BN, BK), logits, input_precision="ieee")
+        if BIAS:
+            logits += tl.load(p_bias + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
+        chosen += tl.sum(tl.where(o_v[None, :] == target[:, None], logits, 0.0), 1)
+        logits = tl.where((o_v < V)[None, :], logits * 1.4426950408889634, float("-inf"))
+        higher = tl.maximum(maximum, tl.max(logits, 1))
+        weight = weight * tl.exp2(maximum - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
+        maximum = higher
+    o_out = i_part.to(tl.int64) * rows + o_m
+    tl.store(p_maximum + o_out, maximum, mask=m_m)
+    tl.store(p_weight + o_out, weight, mask=m_m)
+    tl.store(p_chosen + o_out, chosen, mask=m_m)
+
+
+@triton.jit
+def join_nll_kernel(
+    p_targets,  # [R] int64
+    p_maximum,  # [parts, R] fp32
+    p_weight,
+    p_chosen,
+    p_out,  # [R] fp32
+    rows,
+    parts,
+    BM: tl.constexpr,
+):
+    """Log-probabilities of the targets from the parts of the vocabulary, in their order; 0 for a target of -1."""
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    m_m = o_m < rows
+    maximum = tl.load(p_maximum + o_m, mask=m_m, other=0.0)
+    weight = tl.load(p_weight + o_m, mask=m_m, other=1.0)
+    chosen = tl.load(p_chosen + o_m, mask=m_m, other=0.0)
+    for i in range(1, parts):
+        other = tl.load(p_maximum + i * rows + o_m, mask=m_m, other=0.0)
+        higher = tl.maximum(maximum, other)
+        share = tl.exp2(other - higher) * tl.load(p_weight + i * rows + o_m, mask=m_m, other=1.0)
+        weight = weight * tl.exp2(maximum - higher) + share
+        chosen += tl.load(p_chosen + i * rows + o_m, mask=m_m, other=0.0)
+        maximum = higher
+    probability = chosen - 0.6931471805599453 * (maximum + tl.log2(weight))
+    probability = tl.where(tl.load(p_targets + o_m, mask=m_m, other=-1) < 0, 0.0, probability)
+    tl.store(p_out + o_m, probability, mask=m_m)
+
+
+def plan(layer: Linear, norm: Norm | None) -> LMHead:
+    linear, normalize = TritonLinear(layer), norm and plan_norm(norm)
+
+    def logits(hidden: Tensor) -> Tensor:
+        return linear(normalize(hidden) if normalize else hidden, out_dtype=torch.float32)
+
+    return logits
+
+
+def plan_nll(layer: Linear, norm: Norm | None) -> LogProbabilities:
+    check_dtype("weight", layer.weight)
+    normalize = norm and plan_norm(norm)
+    weight = layer.weight.contiguous()
+    vocabulary, width = weight.shape
+    parts = triton.cdiv(vocabulary, PART_COLUMNS)
+
+    def log_probabilities(hidden: Tensor, targets: Tensor) -> Tensor:
+        bound = dims("hidden", hidden, "B R E", E=width)
+        dims("targets", targets, "B R", **bound)
+        x = (normalize(hidden) if normalize else hidden).contiguous()
+        targets = targets.contiguous()
+        config = linear_config(arch_of(x.device), x.dtype, bound["R"])
+        rows = targets.numel()
+        out = torch.empty(targets.shape, dtype=torch.float32, device=x.device)
+        maximum, weights, chosen = (torch.empty((parts, rows), dtype=out.dtype, device=x.device) for _ in range(3))
+        with on(x.device):
+            nll_kernel[(triton.cdiv(rows, config.block_m), parts)](
+                x,
+                weight,
+                layer.bias,
+                targets,
+                maximum,
+                weights,
+                chosen,
+                rows,
+                V=vocabulary,
+                K=width,
+                BIAS=layer.bias is not None,
+                PART=PART_COLUMNS,
+                BM=config.block_m,
+                BN=config.block_n,
+                BK=config.block_k,
+                num_warps=config.warps,
+                num_stages=config.stages,
+                **NUMERICS,
+            )
+            join_nll_kernel[(triton.cdiv(rows, JOINED_ROWS),)](
+                targets, maximum, weights, chosen, out, rows, parts, BM=JOINED_ROWS, num_warps=2, **NUMERICS
+            )
+        return out
+
+    return log_probabilities

@@ -1,0 +1,294 @@
+"""x Wᵀ on Triton with everything around it in the same kernel: the norm before, bias, activation and residual after.
+
+A norm is folded into the weights when the op is planned. With gain g and offset β,
+
+    LayerNorm(x) Wᵀ + b = (x W'ᵀ − mean · rowsum(W')) / std + (W β + b),    W' = W · g,
+
+so the GEMM runs on x as it lies in memory, and mean and std are gathered from the tiles that pass by.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rmt_kernels.configs import LinearConfig, arch_of, linear_config, split_k
+from rmt_kernels.triton_rows import NUMERICS, RowNorm, as_slots, check_dtype, normalize, on
+from rmt_kernels.weights import Activation, Linear, Norm
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # (1 + tanh u) / 2 is the sigmoid of 2u
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0)
+    elif ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    elif ACTIVATION == "tanh":
+        x = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    return x
+
+
+@triton.jit
+def load_weights(p_w, o_n, o_k, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """A tile [BK, BN] of Wᵀ, W [·, K]; zero outside."""
+    p_b = p_w + o_n[None, :] * K + o_k[:, None]
+    if N % BN == 0 and K % BK == 0:
+        b = tl.load(p_b)
+    elif K % BK == 0:
+        b = tl.load(p_b, mask=(o_n < N)[None, :], other=0.0)
+    else:
+        b = tl.load(p_b, mask=(o_n < N)[None, :] & (o_k < K)[:, None], other=0.0)
+    return b
+
+
+@triton.jit
+def linear_kernel(
+    p_x,  # [B, T, K], rows anywhere
+    p_w,  # [N, K]; gated: [2·N, K], gate rows first
+    p_sums,  # [N] or [2·N] fp32: sums of the rows of w, for LayerNorm
+    p_bias,  # [N] or [2·N] fp32
+    p_residual,  # [B, T, N], rows anywhere
+    p_out,  # [B·T, N]; with SPLITS > 1 [SPLITS, B·T, N] fp32
+    rows,  # B·T
+    slot_rows,  # T
+    x_slot,
+    x_row,
+    residual_slot,
+    residual_row,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    N_BLOCKS: tl.constexpr = (N + BN - 1) // BN
+    K_SHARE: tl.constexpr = ((K + BK - 1) // BK + SPLITS - 1) // SPLITS * BK
+    # Programs that run together share rows and weights: GROUP tiles down, then one to the right.
+    i_tile = tl.program_id(0)
+    i_split = tl.program_id(1)
+    i_group = i_tile // (GROUP * N_BLOCKS) * GROUP
+    group_rows = tl.minimum(tl.cdiv(rows, BM) - i_group, GROUP)
+    i_m = i_group + i_tile % (GROUP * N_BLOCKS) % group_rows
+    i_n = i_tile % (GROUP * N_BLOCKS) // group_rows
+
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
+    m_m = o_m < rows
+    o_row = tl.minimum(o_m, rows - 1).to(tl.int64)  # rows past the end repeat the last one and are not stored
+    p_rows = p_x + (o_row // slot_rows * x_slot + o_row % slot_rows * x_row)[:, None]
+
+    acc = tl.zeros([BM, BN], dtype=tl.float32)
+    up = tl.zeros([BM, BN], dtype=tl.float32)
+    total = tl.zeros([BM], dtype=tl.float32)
+    square = tl.zeros([BM], dtype=tl.float32)
+    pivot = tl.zeros([BM], dtype=tl.float32)
+    if NORM == "layer":  # deviations from any element of the row lose less than squares of the elements themselves
+        pivot = tl.max(tl.load(p_rows), 1).to(tl.float32)
+    k_start = i_split * K_SHARE
+    for k in range(k_start, min(k_start + K_SHARE, K), BK):
+        o_k = k + tl.arange(0, BK)
+        if K % BK == 0:
+            a = tl.load(p_rows + o_k[None, :])
+        else:
+            a = tl.load(p_rows + o_k[None, :], mask=(o_k < K)[None, :], other=0.0)
+        b = load_weights(p_w, o_n, o_k, N, K, BN, BK)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+        if GATED:
+            b = load_weights(p_w + N * K, o_n, o_k, N, K, BN, BK)
+            up = tl.dot(a, b, up, input_precision="ieee")
+        if NORM != "none":
+            wide = a.to(tl.float32)
+            if NORM == "layer":
+                wide = wide - pivot[:, None]
+                if K % BK != 0:
+                    wide = tl.where((o_k < K)[None, :], wide, 0.0)
+                total += tl.sum(wide, 1)
+            square += tl.sum(wide * wide, 1)
+
+    if NORM == "layer":
+        mean = total / K
+        scale = tl.rsqrt(tl.maximum(square / K - mean * mean, 0.0) + eps)
+        mean += pivot
+        acc = (acc - mean[:, None] * tl.load(p_sums + o_n, mask=o_n < N, other=0.0)[None, :]) * scale[:, None]
+        if GATED:
+            up = (up - mean[:, None] * tl.load(p_sums + N + o_n, mask=o_n < N, other=0.0)[None, :]) * scale[:, None]
+    elif NORM == "rms":
+        scale = tl.rsqrt(square / K + eps)
+        acc = acc * scale[:, None]
+        up = up * scale[:, None]
+    if BIAS:
+        acc += tl.load(p_bias + o_n, mask=o_n < N, other=0.0)[None, :]
+        if GATED:
+            up += tl.load(p_bias + N + o_n, mask=o_n < N, other=0.0)[None, :]
+    acc = activate(acc, "silu") * up if GATED else activate(acc, ACTIVATION)
+    m_out = m_m[:, None] & (o_n < N)[None, :]
+    if RESIDUAL:
+        o_residual = o_row // slot_rows * residual_slot + o_row % slot_rows * residual_row
+        acc += tl.load(p_residual + o_residual[:, None] + o_n[None, :], mask=m_out, other=0.0).to(tl.float32)
+    p_tile = p_out + i_split.to(tl.int64) * rows * N + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
+    tl.store(p_tile, acc.to(p_out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def finish_kernel(
+    p_parts,  # [SPLITS, B·T, N] fp32
+    p_bias,  # [N] fp32
+    p_residual,  # [B, T, N], rows anywhere
+    p_weight,  # [N], of the norm
+    p_offset,  # [N], of the norm
+    p_out,  # [B·T, N]
+    rows,
+    slot_rows,
+    residual_slot,
+    residual_row,
+    eps,
+    N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BE: tl.constexpr,
+):
+    """norm(Σ parts + b + residual), the parts in their order."""
+    i_r = tl.program_id(0).to(tl.int64)
+    o_n = tl.arange(0, BE)
+    m_n = o_n < N
+    x = tl.zeros([BE], dtype=tl.float32)
+    for i_split in tl.static_range(SPLITS):
+        x += tl.load(p_parts + (i_split * rows.to(tl.int64) + i_r) * N + o_n, mask=m_n, other=0.0)
+    if BIAS:
+        x += tl.load(p_bias + o_n, mask=m_n, other=0.0)
+    p_row = p_residual + i_r // slot_rows * residual_slot + i_r % slot_rows * residual_row
+    x += tl.load(p_row + o_n, mask=m_n, other=0.0).to(tl.float32)
+    x = normalize(x, m_n, p_weight, p_offset, o_n, eps, N, NORM, OFFSET)
+    tl.store(p_out + i_r * N + o_n, x.to(p_out.dtype.element_ty), mask=m_n)
+
+
+GROUP = 8
+
+
+class TritonLinear:
+    """f(x [..., K]) = act(norm(x) Wᵀ + b) [..., N], or norm'(residual + x Wᵀ + b) with `add`."""
+
+    def __init__(self, layer: Linear, norm: Norm | None = None, activation: Activation = "none"):
+        check_dtype("weight", layer.weight)
+        weight, bias = layer.weight.detach(), layer.bias
+        self.activation = activation
+        self.norm, self.eps = ("none", 0.0) if norm is None else (norm.kind, norm.eps)
+        offset = None if bias is None else bias.double()
+        if norm is not None:
+            if norm.bias is not None:
+                shift = weight.double() @ norm.bias.double()
+                offset = shift if offset is None else offset + shift
+            weight = (weight.double() * norm.weight.double()).to(weight.dtype)
+        self.weight = weight.contiguous()
+        self.sums = self.weight.double().sum(1).float() if self.norm == "layer" else None
+        self.bias = None if offset is None else offset.float()
+        self.outputs = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        rows, config = self._prepare(x)
+        out = torch.empty((*x.shape[:-1], self.outputs), dtype=out_dtype or x.dtype, device=x.device)
+        self._launch(rows, config, out, bias=self.bias)
+        return out
+
+    def add(self, x: Tensor, residual: Tensor, post: RowNorm) -> Tensor:
+        """norm'(residual [..., N] + x Wᵀ + b)."""
+        rows, config = self._prepare(x)
+        others = as_slots(residual)
+        out = torch.empty((*x.shape[:-1], self.outputs), dtype=x.dtype, device=x.device)
+        slot_rows = rows.shape[1]
+        splits = split_k(arch_of(x.device), config, slot_rows, *self.weight.shape)
+        if splits == 1 and post.kind == "none":
+            self._launch(rows, config, out, bias=self.bias, residual=others)
+            return out
+        parts = torch.empty((splits, rows.shape[0] * slot_rows, self.outputs), dtype=torch.float32, device=x.device)
+        self._launch(rows, config, parts, splits=splits)
+        with on(x.device):
+            finish_kernel[(parts.shape[1],)](
+                parts,
+                self.bias,
+                others,
+                post.weight,
+                post.bias,
+                out,
+                parts.shape[1],
+                slot_rows,
+                others.stride(0),
+                others.stride(1),
+                post.eps,
+                N=self.outputs,
+                SPLITS=splits,
+                BIAS=self.bias is not None,
+                NORM=post.kind,
+                OFFSET=post.bias is not None,
+                BE=post.block,
+                **post.options,
+            )
+        return out
+
+    def _prepare(self, x: Tensor) -> tuple[Tensor, LinearConfig]:
+        inputs, dtype = self.weight.shape[1], self.weight.dtype
+        if x.dtype != dtype or x.shape[-1] != inputs:
+            raise ValueError(f"linear: expected [..., {inputs}] in {dtype}, got {list(x.shape)} in {x.dtype}")
+        rows = as_slots(x)
+        return rows, linear_config(arch_of(x.device), x.dtype, rows.shape[1])
+
+    def _launch(
+        self,
+        x: Tensor,
+        config: LinearConfig,
+        out: Tensor,
+        *,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        splits: int = 1,
+    ) -> None:
+        batch, slot_rows, inputs = x.shape
+        rows = batch * slot_rows
+        block_n = config.block_n // 2 if self.activation == "swiglu" else config.block_n
+        tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(self.outputs, block_n)
+        with on(x.device):
+            linear_kernel[(tiles, splits)](
+                x,
+                self.weight,
+                self.sums,
+                bias,
+                residual,
+                out,
+                rows,
+                slot_rows,
+                x.stride(0),
+                x.stride(1),
+                0 if residual is None else residual.stride(0),
+                0 if residual is None else residual.stride(1),
+                self.eps,
+                N=self.outputs,
+                K=inputs,
+                NORM=self.norm,
+                ACTIVATION=self.activation,
+                BIAS=bias is not None,
+                RESIDUAL=residual is not None,
+                SPLITS=splits,
+                BM=config.block_m,
+                BN=block_n,
+                BK=config.block_k,
+                GROUP=GROUP,
+                num_warps=config.warps,
+                num_stages=config.stages,
+                **NUMERICS,
+            )

@@ -1,0 +1,116 @@
+"""Norms of rows on Triton: one program holds one row. Also the helpers that every Triton op launches with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rmt_kernels.configs import WIDEST_ROW, row_warps
+from rmt_kernels.weights import Norm
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Said at every launch: a default that changes between Triton versions would change bits.
+NUMERICS = {"enable_fp_fusion": True}
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Launches go to the current device: make it the tensors' own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def as_slots(x: Tensor) -> Tensor:
+    """x [..., K] as [B, T, K] with K contiguous, a view where one exists. Without T each row is a slot of its own."""
+    slots = x.unsqueeze(-2) if x.dim() == 2 else x
+    slots = slots if slots.dim() == 3 else slots.reshape(-1, *slots.shape[-2:])
+    return slots if slots.stride(-1) == 1 or slots.shape[-1] == 1 else slots.contiguous()
+
+
+def check_dtype(op: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{op}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+@triton.jit
+def normalize(x, m_e, p_weight, p_bias, o_e, eps, E: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr):
+    """LayerNorm or RMSNorm of one row x [BE] in fp32; lanes outside of m_e are zero before and anything after."""
+    if NORM != "none":
+        if NORM == "layer":
+            x = tl.where(m_e, x - tl.sum(x, 0) / E, 0.0)
+        x = x * tl.rsqrt(tl.sum(x * x, 0) / E + eps)
+        x = x * tl.load(p_weight + o_e, mask=m_e, other=0.0).to(tl.float32)
+        if BIAS:
+            x += tl.load(p_bias + o_e, mask=m_e, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def norm_rows_kernel(
+    p_x,  # [B, T, E]
+    p_weight,  # [E]
+    p_bias,  # [E]
+    p_out,  # [B·T, E]
+    slot_rows,  # T
+    x_slot,
+    x_row,
+    eps,
+    E: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    BE: tl.constexpr,
+):
+    i_r = tl.program_id(0).to(tl.int64)
+    o_e = tl.arange(0, BE)
+    m_e = o_e < E
+    p_row = p_x + i_r // slot_rows * x_slot + i_r % slot_rows * x_row
+    x = tl.load(p_row + o_e, mask=m_e, other=0.0).to(tl.float32)
+    x = normalize(x, m_e, p_weight, p_bias, o_e, eps, E, NORM, BIAS)
+    tl.store(p_out + i_r * E + o_e, x.to(p_out.dtype.element_ty), mask=m_e)
+
+
+class RowNorm:
+    """What a kernel needs to know of a norm, or of none: arguments that every kernel with `normalize` takes."""
+
+    def __init__(self, norm: Norm | None, width: int):
+        if width > WIDEST_ROW:
+            raise ValueError(f"backend 'triton' normalizes rows of at most {WIDEST_ROW} elements; got {width}")
+        self.kind = "none" if norm is None else norm.kind
+        self.eps = 0.0 if norm is None else norm.eps
+        self.weight = None if norm is None else norm.weight.contiguous()
+        self.bias = None if norm is None or norm.bias is None else norm.bias.contiguous()
+        self.block = triton.next_power_of_2(width)
+        self.options = {"num_warps": row_warps(width), **NUMERICS}
+
+
+def plan_norm(norm: Norm) -> Callable[[Tensor], Tensor]:
+    """-> f(x [..., E]) -> a new [..., E], contiguous: the norm of every row."""
+    width = norm.weight.shape[0]
+    plan = RowNorm(norm, width)
+
+    def normalize_rows(x: Tensor) -> Tensor:
+        check_dtype("norm", x)
+        rows = as_slots(x)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        with on(x.device):
+            norm_rows_kernel[(rows.shape[0] * rows.shape[1],)](
+                rows,
+                plan.weight,
+                plan.bias,
+                out,
+                rows.shape[1],
+                rows.stride(0),
+                rows.stride(1),
+                plan.eps,
+                E=width,
+                NORM=plan.kind,
+                BIAS=plan.bias is not None,
+                BE=plan.block,
+                **plan.options,
+            )
+        return out
+
+    return normalize_rows

@@ -1,0 +1,420 @@
+"""Every Triton kernel against `ref`, and whole backbones against the oracle.
+
+Not collected by name: test_triton_interpreter.py runs this file with TRITON_INTERPRET=1 on a CPU, in a process of its
+own, and test_triton_gpu.py on a card. Uninitialised memory is NaN throughout, so that an unwritten element shows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checkpoints_for_tests import tiny_decoder, tiny_encoder
+from rmt_kernels import dispatch, linear_residual, lm_head, memory, norm_linear, segment_attention, triton_linear
+from rmt_kernels.memory import Embeddings
+from rmt_kernels.segment_attention import AttentionSpec, KVCache
+from rmt_kernels.weights import Linear, Norm
+from test_kernels import (
+    ACTIVATIONS,
+    NORMS,
+    check_error_rule,
+    error,
+    named,
+    plain_activation,
+    plain_norm,
+    random_embeddings,
+    random_linear,
+    random_norm,
+    random_qkv,
+    rope_table,
+    spec_of,
+    widened,
+    widened_norm,
+)
+from test_kernels import random as random_on_cpu
+from torch import Tensor
+
+from rmt_engine.engine import Engine
+from rmt_engine.sampling import generate
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# The interpreter multiplies bf16 wrongly and says nothing; there fp16 stands for both.
+LOW = torch.float16 if INTERPRETED else torch.bfloat16
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of the greatest value
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE).isnan().all() and torch.empty(0).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def placed(thing: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Tensors, weights and tuples of them on the device under test."""
+    if isinstance(thing, Tensor):
+        return thing.to(DEVICE, dtype if thing.is_floating_point() else thing.dtype)
+    if isinstance(thing, Linear):
+        return Linear(placed(thing.weight, dtype), placed(thing.bias, dtype))
+    if isinstance(thing, Norm):
+        return Norm(thing.kind, placed(thing.weight, dtype), placed(thing.bias, dtype), thing.eps)
+    if isinstance(thing, Embeddings):
+        return Embeddings(*(placed(t, dtype) for t in (thing.tokens, thing.positions, thing.token_type, thing.norm)))
+    return tuple(placed(part, dtype) for part in thing) if isinstance(thing, tuple) else thing
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return placed(random_on_cpu(seed, *shape), dtype)
+
+
+def assert_close(ours: Tensor, truth: Tensor) -> None:
+    assert ours.shape == truth.shape and ours.dtype == truth.dtype
+    assert ours.isfinite().all()
+    worst, greatest = (float(part.abs().max()) for part in (ours.float() - truth.float(), truth.float()))
+    assert worst <= TOLERANCE[ours.dtype] * greatest, f"{worst:.2e} of {greatest:.2e}"
+
+
+def both(plan: Any, *args: Any, **named_args: Any) -> tuple[Any, Any]:
+    return plan(*args, backend="ref", **named_args), plan(*args, backend="triton", **named_args)
+
+
+# ------------------------------------------------------------------------------------------------- linears, norms
+
+LINEARS = [named(B=1, T=1, K=1, N=2), named(B=2, T=17, K=60, N=44), named(B=1, T=70, K=33, N=260)]
+
+
+@pytest.mark.parametrize(
+    "sizes, activation, norm, dtype",
+    [
+        pytest.param(sizes.values[0], activation, norm, dtype, id=f"{sizes.id}-{activation}-{norm}-{dtype}")
+        for i, (sizes, activation, norm, dtype) in enumerate(product(LINEARS, ACTIVATIONS, NORMS, DTYPES))
+        if i % 3 == 0 or not INTERPRETED  # every third, as the interpreter is slow; all of them on a card
+    ],
+)
+def test_norm_linear(sizes: dict[str, int], activation: Any, norm: str, dtype: torch.dtype) -> None:
+    b, t, k, n = sizes.values()
+    x = random(0, b, t, k, dtype=dtype) + 0.5
+    layer, first = placed(random_linear(1, k, n, bias=norm != "rms"), dtype), placed(random_norm(5, k, norm), dtype)
+    ref, ours = both(norm_linear.plan, layer, first, activation)
+    kept = x.clone()
+    assert_close(ours(x), ref(x))
+    assert torch.equal(x, kept)
+    window = torch.cat([x, x, x], 1)[:, t : 2 * t]  # rows of each slot far apart, as in the last layer
+    assert torch.equal(ours(window), ours(x))
+
+
+def test_a_row_far_from_zero_keeps_its_norm() -> None:
+    x = random(0, 1, 20, 96) + 300
+    ref, ours = both(norm_linear.plan, placed(random_linear(1, 96, 40)), placed(random_norm(2, 96, "layer")))
+    assert float((ours(x) - ref(x)).abs().max()) <= 3e-4 * float(ref(x).abs().max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("sizes", [*LINEARS[1:], named(B=2, T=5, K=1100, N=36)])  # the last: split among programs
+def test_linear_residual(sizes: dict[str, int], norm: str, dtype: torch.dtype) -> None:
+    b, t, k, n = sizes.values()
+    x, wide = random(0, b, t, k, dtype=dtype), random(3, b, t + 4, n, dtype=dtype)
+    residual = wide[:, 2 : t + 2]
+    for bias in (True, False):
+        layer, post = placed(random_linear(1, k, n, bias), dtype), placed(random_norm(5, n, norm), dtype)
+        ref, ours = both(linear_residual.plan, layer, post)
+        kept = x.clone(), wide.clone()
+        assert_close(ours(x, residual), ref(x, residual))
+        assert torch.equal(x, kept[0]) and torch.equal(wide, kept[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("sizes", [named(B=2, R=1, K=60, V=271), named(B=1, R=21, K=32, V=97)])
+def test_lm_head(sizes: dict[str, int], norm: str, dtype: torch.dtype) -> None:
+    b, r, k, v = sizes.values()
+    hidden = random(0, b, r, k, dtype=dtype)
+    ref, ours = both(lm_head.plan, placed(random_linear(1, k, v), dtype), placed(random_norm(5, k, norm), dtype))
+    truth = ref(hidden)
+    assert ours(hidden).dtype == torch.float32
+    assert float((ours(hidden) - truth).abs().max() / truth.abs().max()) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", ["none", "layer"])
+@pytest.mark.parametrize("sizes", [named(B=2, R=3, K=33, V=300), named(B=1, R=21, K=32, V=97)])
+def test_log_probabilities(sizes: dict[str, int], norm: str, dtype: torch.dtype, monkeypatch: Any) -> None:
+    """In parts of the vocabulary, the last of them short; -1 asks for nothing."""
+    b, r, k, v = sizes.values()
+    monkeypatch.setattr(importlib.import_module("rmt_kernels.lm_head.triton"), "PART_COLUMNS", 128)
+    hidden = 3 * random(0, b, r, k, dtype=dtype)
+    targets = torch.randint(0, v, (b, r), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    targets[0, 0], targets[0, 1], targets[-1, -1] = v - 1, -1, 0
+    head = placed(random_linear(1, k, v, bias=norm == "none"), dtype)
+    ref, ours = both(lm_head.plan_nll, head, placed(random_norm(5, k, norm), dtype))
+    found, truth = ours(hidden, targets), ref(hidden, targets)
+    assert found.dtype == torch.float32 and found[0, 1] == 0 and (found[targets >= 0] < 0).all()
+    assert float((found - truth).abs().max()) <= TOLERANCE[dtype] * float(truth.abs().max())
+
+
+# ------------------------------------------------------------------------------------------------------ attention
+
+ATTENTIONS = [
+    named(B=1, T=1, H=1, Hkv=1, D=2),
+    named(B=2, T=70, H=2, Hkv=2, D=60),
+    named(B=1, T=33, H=6, Hkv=2, D=10),
+    named(B=2, T=16, H=4, Hkv=1, D=128),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rope", [False, True], ids=["plain", "rope"])
+@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("sizes", [*ATTENTIONS, named(B=1, T=40, H=2, Hkv=1, D=33)])
+def test_attention_over_lengths_and_windows(sizes: dict[str, int], causal: bool, rope: bool, dtype: Any) -> None:
+    if rope and sizes["D"] % 2:
+        pytest.skip("rotary positions turn pairs")
+    t, spec = sizes["T"], on_device(spec_of(sizes, causal, rope))
+    ref, ours = both(segment_attention.plan, spec)
+    q, k, v = placed(random_qkv(sizes), dtype)
+    for length in sorted({t, max(t - 7, 1)}):
+        garbage = [part.clone() for part in (q, k, v)]
+        for part in garbage[1:]:
+            part[:, length:] = float("nan")
+        truth = ref(q[:, :length], k[:, :length], v[:, :length], length=length)
+        assert_close(ours(*garbage, length=length)[:, :length], truth)
+        for start, end in {(length - 1, length), (length // 3, length // 2)}:
+            if start < end:
+                window = ours(garbage[0][:, start:end], *garbage[1:], length=length, start=start)
+                assert_close(window, truth[:, start:end])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
+def test_a_few_rows_over_many_keys_share_them(causal: bool) -> None:
+    """Three parts of keys; the first rows see none of the last part."""
+    sizes = {"B": 2, "T": 600, "H": 4, "Hkv": 2, "D": 16}
+    spec = on_device(spec_of(sizes, causal, rope=True, positions=608))
+    ref, ours = both(segment_attention.plan, spec)
+    q, k, v = placed(random_qkv(sizes))
+    for start, rows in ((509, 7), (599, 1)):
+        window = q[:, start : start + rows]
+        assert_close(ours(window, k, v, length=600, start=start), ref(q, k, v, length=600)[:, start : start + rows])
+
+
+def on_device(spec: AttentionSpec) -> AttentionSpec:
+    return AttentionSpec(spec.heads, spec.kv_heads, spec.head_dim, spec.causal, spec.scale, placed(spec.rope))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rope", [False, True], ids=["plain", "rope"])
+@pytest.mark.parametrize("sizes", ATTENTIONS[1:])
+def test_attention_through_a_cache(sizes: dict[str, int], rope: bool, dtype: torch.dtype) -> None:
+    """A padded prefill, then rows one by one and several at a time, equal one pass over everything."""
+    b, t, _, hkv, d = sizes.values()
+    spec = on_device(spec_of(sizes, causal=True, rope=rope))
+    q, k, v = placed(random_qkv(sizes), dtype)
+    ref, attend = both(segment_attention.plan, spec)
+    truth = ref(q, k, v, length=t)
+    cache = KVCache(*(torch.full((b, hkv, t + 3, d), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2)))
+    prefill = t // 2
+    padding = [torch.cat([part[:, :prefill], torch.full_like(part[:, :3], float("nan"))], 1) for part in (k, v)]
+    out = attend(q[:, : prefill + 3], *padding, length=prefill, cache=cache)
+    assert_close(out[:, :prefill], truth[:, :prefill])
+    place = prefill
+    for rows in (1, 1, 3):
+        now = slice(place, place + rows)
+        assert_close(attend(q[:, now], k[:, now], v[:, now], length=rows, cache=cache), truth[:, now])
+        place += rows
+        assert cache.length == place
+    for table in (cache.keys, cache.values):
+        assert table[:, :, :place].isfinite().all() and table[:, :, place:].isnan().all()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    spec = AttentionSpec(2, 2, 4, True, 1.0, placed(rope_table(8, 4)))
+    attend = segment_attention.plan(spec, backend="triton")
+    q = random(0, 1, 9, 8)
+    with pytest.raises(ValueError, match=r"^attention: row 8 has no rotary position; there are 8$"):
+        attend(q, q, q, length=9)
+    with pytest.raises(ValueError, match=r"^attention: length=3: expected 1\.\.2, the rows of k$"):
+        attend(q[:, :2], q[:, :2], q[:, :2], length=3)
+    cache = KVCache(random(1, 1, 2, 3, 4), random(1, 1, 2, 3, 4), 2)
+    with pytest.raises(ValueError, match=r"^the KV cache has room for 3 rows; got 2 \+ 2$"):
+        attend(q[:, :2], q[:, :2], q[:, :2], length=2, cache=cache)
+    with pytest.raises(ValueError, match=r"^head_dim=3 is odd"):
+        segment_attention.plan(AttentionSpec(1, 1, 3, True, 1.0, (q[0, :, :3], q[0, :, :3])), backend="triton")
+    with pytest.raises(ValueError, match=r"^linear: expected \[\.\.\., 5\] in torch.float32, got \[1, 9, 8\]"):
+        norm_linear.plan(placed(random_linear(0, 5, 3)), backend="triton")(q)
+    with pytest.raises(ValueError, match=r"^weight: expected float32, bfloat16 or float16, got torch.float64$"):
+        norm_linear.plan(Linear(torch.zeros(2, 2, dtype=torch.float64)), backend="triton")
+    read = memory.plan_read(Embeddings(random(0, 5, 8), random(1, 8, 8)), backend="triton")
+    ids = torch.zeros(1, 9, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"^read_memory: expected at most 8 positions, got 0 \+ 9 rows$"):
+        read(ids, q[:, :2], (0,))
+    with pytest.raises(ValueError, match=r"^read_memory: backend 'triton' places the memory at most twice"):
+        read(ids[:, :8], q[:, :2], (0, 2, 4))
+
+
+# --------------------------------------------------------------------------------------------------------- memory
+
+MEMORIES = [named(B=1, T=16, M=1, V=11, E=7), named(B=2, T=16, M=5, V=97, E=60)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("positions, norm", [(True, "none"), (False, "none"), (True, "layer"), (False, "rms")])
+@pytest.mark.parametrize("sizes", MEMORIES)
+def test_memory(sizes: dict[str, int], positions: bool, norm: str, dtype: torch.dtype) -> None:
+    b, t, m, v, e = sizes.values()
+    embeddings = placed(random_embeddings(sizes, positions=positions, norm=norm if positions else "none"), dtype)
+    ids = torch.randint(0, v, (b, t), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    state = random(6, b, m, e, dtype=dtype)
+    ref, ours = both(memory.plan_read, embeddings)
+    for offsets in ((0,), (1,), (0, t - m), (0, m), ()):
+        assert_close(ours(ids, state, offsets), ref(ids, state, offsets))
+    ref, ours = both(memory.plan_embed, embeddings)
+    for start, end in ((0, t), (3, 4), (t - 1, t)):
+        assert_close(ours(ids[:, start:end], start), ref(ids[:, start:end], start))
+    hidden = random(7, b, t, e, dtype=dtype)
+    ref, ours = both(memory.plan_write, placed(random_norm(4, e, norm), dtype))
+    written = ours(hidden[:, 4 : 4 + m])
+    assert_close(written, ref(hidden[:, 4 : 4 + m]))
+    kept = written.clone()
+    hidden.zero_()
+    assert torch.equal(written, kept), "the state must outlive the segment's rows"
+
+
+# ----------------------------------------------------------------------------------------------------- error rule
+
+
+@pytest.mark.parametrize("norm, activation", [("layer", "gelu_tanh"), ("rms", "swiglu"), ("none", "gelu")])
+def test_error_rule_of_norm_linear(norm: str, activation: Any) -> None:
+    """A norm folded into 16-bit weights costs no more than a normalized row rounded to 16 bits."""
+
+    def error_of(seed: int) -> tuple[float, float]:
+        layer, first = placed(random_linear(seed, 96, 64), LOW), placed(random_norm(seed + 50, 96, norm), LOW)
+        x = random(seed + 100, 1, 40, 96, dtype=LOW)
+        truth = norm_linear.plan(widened(layer), widened_norm(first), activation, backend="ref")(x.float())
+        ours = norm_linear.plan(layer, first, activation, backend="triton")(x)
+        plain = plain_activation(F.linear(plain_norm(x, first), layer.weight, layer.bias), activation)
+        return error(ours, truth), error(plain, truth)
+
+    check_error_rule(error_of)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
+def test_error_rule_of_attention(causal: bool) -> None:
+    spec = spec_of({"H": 2, "Hkv": 2, "D": 32}, causal, rope=False)
+
+    def error_of(seed: int) -> tuple[float, float]:
+        q, k, v = (random(seed + i, 1, 48, 64, dtype=LOW) for i in (0, 100, 200))
+        truth = segment_attention.plan(spec, backend="ref")(q.float(), k.float(), v.float(), length=48)
+        ours = segment_attention.plan(spec, backend="triton")(q, k, v, length=48)
+        heads = (part.unflatten(-1, (-1, 32)).transpose(1, 2) for part in (q, k, v))
+        plain = F.scaled_dot_product_attention(*heads, is_causal=causal, scale=spec.scale)
+        return error(ours, truth), error(plain.transpose(1, 2).flatten(2), truth)
+
+    check_error_rule(error_of)
+
+
+# ------------------------------------------------------------------------------------------------ whole backbones
+
+SEGMENT = 20
+
+
+def checkpoint_of(kind: str, seed: int = 1) -> Any:
+    return tiny_encoder("bert", seed=seed, layers=2) if kind == "bert" else tiny_decoder(kind, seed=seed, layers=2)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_three_recurrent_segments_equal_the_reference(kind: str) -> None:
+    checkpoint = checkpoint_of(kind)
+    engine = Engine.from_weights(
+        checkpoint.rmt_config(SEGMENT), checkpoint.weights(), device=DEVICE, dtype="float32", backend="triton"
+    )
+    ids = torch.randint(5, 97, (2 * SEGMENT + 7,), generator=torch.Generator().manual_seed(3))
+    logits, memories = checkpoint.reference(SEGMENT).forward(ids)
+    truth = torch.stack(logits) if kind == "bert" else torch.cat(logits)
+    out = engine.forward(ids[None].to(DEVICE), output="all")
+    nothing = engine.forward(ids[None].to(DEVICE), output="none")
+    for ours, wanted in (
+        (out.logits[0], truth),
+        (out.memory_state[0], memories[-1]),
+        (nothing.memory_state[0], memories[-1]),
+    ):
+        assert float((ours.cpu() - wanted).abs().max() / wanted.abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_generate_gives_the_same_tokens(kind: str) -> None:
+    checkpoint = checkpoint_of(kind)
+    engine = Engine.from_weights(
+        checkpoint.rmt_config(SEGMENT), checkpoint.weights(), device=DEVICE, dtype="float32", backend="triton"
+    )
+    ids = torch.randint(5, 97, (11,), generator=torch.Generator().manual_seed(4))
+    ours = generate(engine.executor, ids[None].to(DEVICE), engine.initial_memory(), 5, ())[0]
+    assert ours == checkpoint.reference(SEGMENT).generate(ids, 5)
+
+
+# -------------------------------------------------------------------------------------------- bits, and dispatch
+
+
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rows in (1, 16, 20):
+        x, residual = random(0, 3, rows, 520), random(1, 3, rows, 44)
+        plain = norm_linear.plan(
+            placed(random_linear(1, 520, 44)), placed(random_norm(3, 520, "layer")), backend="triton"
+        )
+        add = linear_residual.plan(
+            placed(random_linear(5, 520, 44)), placed(random_norm(3, 44, "layer")), backend="triton"
+        )
+        assert torch.equal(plain(x), torch.cat([plain(x[i : i + 1]) for i in range(3)]))
+        assert torch.equal(add(x, residual), torch.cat([add(x[i : i + 1], residual[i : i + 1]) for i in range(3)]))
+        # The control: programs that shared a tile by the number of slots would change the bits.
+        together = add(x, residual)
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_linear, "split_k", lambda *_: 3)
+            assert not torch.equal(add(x, residual), together)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_an_input_has_the_same_bits_alone_and_in_a_batch(kind: str) -> None:
+    checkpoint = checkpoint_of(kind)
+    engine = Engine.from_weights(
+        checkpoint.rmt_config(SEGMENT), checkpoint.weights(), device=DEVICE, dtype="float32", backend="triton"
+    )
+    ids = torch.randint(5, 97, (2, SEGMENT + 3), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    together = engine.forward(ids, output="last")
+    for i, row in enumerate(ids):
+        alone = engine.forward(row[None], output="last")
+        assert torch.equal(alone.logits[0], together.logits[i])
+        assert torch.equal(alone.memory_state[0], together.memory_state[i])
+
+
+def test_dispatch_serves_triton_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RMT_BACKEND", raising=False)
+    assert dispatch.choose("triton", DEVICE) == "triton"
+    assert dispatch.choose("auto", DEVICE) == ("cpu" if INTERPRETED else "triton")
+
+
+def test_exact_erf_and_sigmoid_far_out() -> None:
+    """Activations at the ends of their range, where a naive form overflows."""
+    x = placed(torch.tensor([-80.0, -20.0, -4.0, -1e-4, 0.0, 1e-4, 4.0, 20.0, 80.0])[None, :, None])
+    one = Linear(torch.ones(2, 1, device=DEVICE))
+    for activation in ACTIVATIONS:
+        ref, ours = both(norm_linear.plan, one, None, activation)
+        assert_close(ours(x), ref(x))
+        assert math.isfinite(float(ours(x).sum()))
+
+
+def test_every_backend_gives_the_same_shapes() -> None:
+    for activation, bias in product(("none", "swiglu"), (True, False)):
+        ref, ours = both(norm_linear.plan, placed(random_linear(0, 8, 6, bias)), None, activation)
+        for shape in ((3, 8), (2, 5, 8), (0, 4, 8)):
+            x = random(1, *shape)
+            assert ours(x).shape == ref(x).shape
