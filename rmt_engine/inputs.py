@@ -239,7 +239,7 @@ class Text:
             engine.tokenizer, self.text, errors=errors, read_bytes=READ_BYTES, position=text
         )
         self.source: PushedSource = TokenSource.pushed(capacity=AHEAD_TOKENS)
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._push, name="rmt-feeder", daemon=True)
         # Places (tokens of content before it, position): as many as what is ahead of the consumer can need.
         ahead = AHEAD_TOKENS + READER_TOKENS + (RING_SLOTS + 2) * self.segment_size
@@ -293,7 +293,7 @@ class Text:
             self.source.close()
         except StreamStopped:
             pass  # the consumer has gone
-        except Exception as error:  # raised by the consumer, in its own thread
+        except BaseException as error:  # a panic of the tokenizers library is no Exception; raised by the consumer
             self.error = error
             self.source.fail(str(error))
 
