@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rmt_engine.errors import InputError
 from rmt_engine.inputs import InputPosition, Text, TokenFile, count_tokens, open_input
-from rmt_engine.layouts import Cut
+from rmt_engine.layouts import Cut, check_alignment
 from rmt_engine.stream import Stream
 from rmt_engine.stream import resume as resume_stream
 
@@ -144,7 +144,7 @@ def _read(
 def _new_stream(
     engine: Engine, source: str | Path, options: dict[str, str | None], alignment: str, limit: int | None
 ) -> Stream:
-    if alignment == "left":
+    if check_alignment(alignment) == "left":
         return Stream(engine, alignment=alignment)
     length = count_tokens(engine, source, **options, alignment=alignment)  # type: ignore[arg-type]
     return Stream(engine, length if limit is None else min(length, limit), alignment)
