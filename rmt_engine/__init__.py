@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rmt_engine.config import RMTConfig
     from rmt_engine.engine import Engine, ForwardOutput, SegmentOutput
-    from rmt_engine.errors import BackendError, CheckpointError, InputError, RMTError, StateError, TokenizerError
-    from rmt_engine.run import Progress, Summary
+    from rmt_engine.errors import (
+        BackendError,
+        CheckpointError,
+        InputError,
+        NumericalError,
+        RMTError,
+        StateError,
+        TokenizerError,
+    )
+    from rmt_engine.run import Checkpoints, Progress, Summary
+    from rmt_engine.scoring import SegmentScores, Total
     from rmt_engine.stream import Stream
 
 _HOME = {
@@ -23,12 +32,16 @@ _HOME = {
     "SegmentOutput": "engine",
     "RMTConfig": "config",
     "Stream": "stream",
+    "Checkpoints": "run",
     "Progress": "run",
     "Summary": "run",
+    "SegmentScores": "scoring",
+    "Total": "scoring",
     "RMTError": "errors",
     "BackendError": "errors",
     "CheckpointError": "errors",
     "InputError": "errors",
+    "NumericalError": "errors",
     "StateError": "errors",
     "TokenizerError": "errors",
 }
@@ -39,12 +52,16 @@ __all__ = [  # noqa: RUF022 - the order of use
     "RMTConfig",
     "ForwardOutput",
     "SegmentOutput",
+    "Checkpoints",
     "Progress",
     "Summary",
+    "SegmentScores",
+    "Total",
     "RMTError",
     "BackendError",
     "CheckpointError",
     "InputError",
+    "NumericalError",
     "StateError",
     "TokenizerError",
 ]

@@ -79,6 +79,8 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     run.add_argument(
         "--max-new-tokens", type=_count, default=16, metavar="N", help="longest answer to --ask (default: 16)"
     )
+    run.add_argument("--score", action="store_true", help="NLL and perplexity of the text, every token scored once")
+    run.add_argument("--score-output", metavar="F", help="write the scores of this run's segments there, as JSON lines")
     run.add_argument("--errors", choices=("strict", "replace"), default="strict", help="bytes that are not UTF-8")
     run.add_argument("--token-dtype", metavar="T", help="type of a raw token file: uint16, uint32, int32, int64")
     run.add_argument("--max-n-segments", type=_count, metavar="N", help="read only the first N segments of tokens")
@@ -149,7 +151,7 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     kinds = evaluate.add_subparsers(dest="kind", metavar="KIND", required=True)
     retrieval = kinds.add_parser("retrieval", help="is a fact found again after so much noise?", epilog=EPILOG)
     retrieval.add_argument(
-        "--lengths", type=_counts, default=[16_000, 128_000, 2_000_000], metavar="N,…", help="tokens, as 16k,128k,2M"
+        "--lengths", type=counts, default=[16_000, 128_000, 2_000_000], metavar="N,…", help="tokens, as 16k,128k,2M"
     )
     retrieval.add_argument(
         "--tasks", type=lambda text: text.split(","), default=["memorize", "detect"], help="memorize,detect"
@@ -175,7 +177,7 @@ def _count(text: str) -> int:
     return number
 
 
-def _counts(text: str) -> list[int]:
+def counts(text: str) -> list[int]:
     return [_count(part) for part in text.split(",")]
 
 

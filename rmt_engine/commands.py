@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from rmt_engine.engine import DTYPES, Engine
 from rmt_engine.evaluation import retrieval
 from rmt_engine.evaluation.noise import Noise, noise_text
 from rmt_engine.progress import counting, finish, human, mebibytes
-from rmt_engine.run import EARLY_TOKENS, SAMPLE, Checkpoints, Summary
+from rmt_engine.run import EARLY_TOKENS, SAMPLE, Checkpoints, Event, Summary
+from rmt_engine.scoring import check_scorable
 from rmt_engine.stream import Stream
 
 
@@ -28,7 +30,11 @@ def run(options: argparse.Namespace) -> int:
     """`rmt-engine run`: reads the input to its end, then prints what was asked for and the summary."""
     if options.checkpoint_every and not options.save_state:
         raise ValueError("--checkpoint-every needs --save-state F, the file to save to")
+    if options.score_output and not options.score:
+        raise ValueError("--score-output needs --score")
     engine = _engine(options)
+    if options.score:
+        check_scorable(engine.config)
     if engine.config.family != "decoder" and (options.ask or options.generate):
         raise ValueError("this checkpoint is a classifier: it prints labels; leave out --ask and --generate")
     _check_questions(engine, options.ask, options.max_new_tokens)
@@ -45,7 +51,10 @@ def run(options: argparse.Namespace) -> int:
         checkpoints=checkpoints,
         resume=options.resume,
         allow_inexact=options.allow_inexact,
+        score=options.score,
     )
+    if options.score_output:
+        events = _writing_scores(events, options.score_output)
     try:
         summary = finish(events, str(options.input))
     except BaseException:
@@ -56,6 +65,15 @@ def run(options: argparse.Namespace) -> int:
     result = _result(summary, options)
     print(json.dumps(result, ensure_ascii=False) if options.json else _text(result, engine, options))
     return 0
+
+
+def _writing_scores(events: Generator[Event, None, None], path: str) -> Generator[Event, None, None]:
+    """The events, and their scores in the file `path`, a JSON object a line."""
+    with closing(events), open(path, "w", encoding="utf-8", buffering=1) as file:
+        for event in events:
+            if event.scores is not None:
+                print(json.dumps(event.scores.to_dict()), file=file)
+            yield event
 
 
 def ask(options: argparse.Namespace) -> int:
@@ -116,6 +134,8 @@ def _result(summary: Summary, options: argparse.Namespace) -> dict[str, Any]:
         "rss_anon_early": summary.memory_early,
         "rss_anon_late": summary.memory_late,
     }
+    if summary.total is not None:
+        result["score"] = summary.total.to_dict()
     if stream.engine.config.family == "encoder_classifier":
         result["labels"] = [{"label": name, "score": score} for name, score in stream.classify()]
     if options.ask:
@@ -127,6 +147,14 @@ def _result(summary: Summary, options: argparse.Namespace) -> dict[str, Any]:
 
 def _answer(entry: dict[str, str]) -> str:
     return f"{entry['question']}  {entry['answer']}"
+
+
+def _score(score: dict[str, Any]) -> str:
+    perplexity = "too large" if score["perplexity"] is None else f"{score['perplexity']:,.4g}"
+    return (
+        f"score of {score['tokens']:,} tokens: perplexity {perplexity}, {score['bits_per_token']:.4f} bits per token, "
+        f"NLL {score['nll']:,.2f} nats"
+    )
 
 
 def _text(result: dict[str, Any], engine: Engine, options: argparse.Namespace) -> str:
@@ -145,6 +173,8 @@ def _text(result: dict[str, Any], engine: Engine, options: argparse.Namespace) -
             f"RssAnon: {mebibytes(result['rss_anon_early'])} at {human(EARLY_TOKENS)} tokens, "
             f"{mebibytes(result['rss_anon_late'])} at {human(result['tokens'])}"
         )
+    if "score" in result:
+        lines.append(_score(result["score"]))
     lines += [f"{entry['score']:.4f}  {entry['label']}" for entry in result.get("labels", [])]
     lines += [_answer(entry) for entry in result.get("answers", [])]
     if "generated" in result:

@@ -24,6 +24,7 @@ from rmt_engine.tokens import Tokenizer
 
 if TYPE_CHECKING:
     from rmt_engine.run import Event
+    from rmt_engine.scoring import SegmentScores
     from rmt_engine.stream import Stream
 
 Output = Literal["last", "all", "none"]
@@ -247,11 +248,14 @@ class Engine:
                 f"question leave {max(limit - count - text, 0)} of {limit} positions"
             )
 
-    def stream(self, length: int | None = None, alignment: str | None = None) -> Stream:
-        """An unbounded input to feed piece by piece. `length` (tokens in all) is needed unless left-aligned."""
+    def stream(self, length: int | None = None, alignment: str | None = None, score: bool = False) -> Stream:
+        """An unbounded input to feed piece by piece. `length` (tokens in all) is needed unless left-aligned.
+
+        score: keep the log-probability of every token, for `Stream.scores`; a decoder only.
+        """
         from rmt_engine.stream import Stream
 
-        return Stream(self, length, alignment)
+        return Stream(self, length, alignment, score)
 
     def resume(self, path: str | Path, allow_inexact: bool = False) -> Stream:
         """The stream that `Stream.save` wrote: it goes on with the same bits as if it had never stopped.
@@ -267,6 +271,12 @@ class Engine:
         from rmt_engine.run import run
 
         return run(self, source, **options)
+
+    def score(self, source: Any, **options: Any) -> Iterator[SegmentScores]:
+        """Log-probabilities of every token of a file or of ids, segment by segment. See `rmt_engine.run.score`."""
+        from rmt_engine.run import score
+
+        return score(self, source, **options)
 
 
 def _join(logits: list[Any]) -> Tensor | list[Tensor] | None:

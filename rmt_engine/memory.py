@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rmt_engine.config import RMTConfig
 from rmt_engine.errors import StateError
+from rmt_engine.scoring import Scores
 
 MAGIC = b"RMTSTATE"
 VERSION = 1
@@ -37,7 +38,8 @@ class MemoryState:
 
     memory: [1, M, E] in the model's dtype. rest: int64 [L], read but not folded. segments, folded: segments and tokens
     in the memory. first, size: text tokens of the first and of every other segment. length: tokens announced, or None.
-    held_text, continued, held_bytes, bytes_read: text and bytes that the tokenizer still holds back.
+    held_text, continued, held_bytes, bytes_read: text and bytes that the tokenizer still holds back. scores: of the
+    segments in the memory, or None in a stream that is not scored.
     """
 
     memory: Tensor
@@ -51,6 +53,7 @@ class MemoryState:
     continued: bool = False
     held_bytes: bytes = b""
     bytes_read: int = 0
+    scores: Scores | None = None
 
     @property
     def position(self) -> int:
@@ -92,13 +95,11 @@ class Origin:
 
 @dataclass(frozen=True)
 class StateFile:
-    """A state as it lies on disk. input: the place in an input that is not read to its end, or None. score: sums of a
-    run that scores, or None."""
+    """A state as it lies on disk. input: the place in an input that is not read to its end, or None."""
 
     state: MemoryState
     origin: Origin
     input: Mapping[str, Any] | None = None
-    score: Mapping[str, Any] | None = None
 
     def save(self, path: str | Path) -> None:
         """Writes the file whole or not at all: the old one stays until the new one is on the disk. Raises OSError,
@@ -120,17 +121,21 @@ class StateFile:
             raise StateError(f"{path}: {error}") from None
 
     def _to_bytes(self) -> bytes:
-        plain = {f.name: getattr(self.state, f.name) for f in fields(MemoryState) if f.name not in ("memory", "rest")}
+        apart = ("memory", "rest", "scores")
+        plain = {f.name: getattr(self.state, f.name) for f in fields(MemoryState) if f.name not in apart}
+        scores = self.state.scores
         about = {
             "state": plain | {"held_bytes": self.state.held_bytes.hex()},
             "origin": vars(self.origin),
             "input": self.input,
-            "score": self.score,
+            "scores": None if scores is None else scores.sums(),
         }
         tensors = {
             "memory": self.state.memory[0].float().cpu().contiguous(),
             "rest": torch.from_numpy(np.ascontiguousarray(self.state.rest)),
         }
+        if scores is not None and scores.row is not None:
+            tensors["score_row"] = scores.row.float().cpu().contiguous()
         payload = safetensors.torch.save(tensors, {"rmt_state": json.dumps(about)})
         return HEADER.pack(MAGIC, VERSION, len(payload), hashlib.sha256(payload).digest()) + payload
 
@@ -141,13 +146,15 @@ class StateFile:
             length = int.from_bytes(payload[:8], "little")
             about = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"]["rmt_state"])
             plain = {**about["state"], "held_bytes": bytes.fromhex(about["state"]["held_bytes"])}
-            state = MemoryState(memory=tensors["memory"][None], rest=tensors["rest"].numpy(), **plain)
+            sums, row = about["scores"], tensors.get("score_row")
+            scores = None if sums is None else Scores.restored(sums, row)
+            state = MemoryState(memory=tensors["memory"][None], rest=tensors["rest"].numpy(), scores=scores, **plain)
             origin = Origin(**about["origin"])
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise StateError(f"the checksum is right, but this is no state of version {VERSION}: {error}") from error
         if not bool(state.memory.isfinite().all()):
             raise StateError("its memory state is not finite")
-        return cls(state, origin, about["input"], about["score"])
+        return cls(state, origin, about["input"])
 
 
 def fingerprint(config: RMTConfig, weights: Mapping[str, Tensor]) -> str:

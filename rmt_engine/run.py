@@ -6,14 +6,17 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rmt_engine.errors import InputError
 from rmt_engine.inputs import InputPosition, Text, TokenFile, count_tokens, open_input
 from rmt_engine.layouts import Cut, check_alignment
-from rmt_engine.stream import Stream
+from rmt_engine.scoring import SegmentScores, Total, check_scorable
+from rmt_engine.stream import Ids, Stream, as_ids
 from rmt_engine.stream import resume as resume_stream
 
 if TYPE_CHECKING:
@@ -26,11 +29,15 @@ SAMPLE = 1000  # segments at the start and at the end whose times are compared
 
 @dataclass(frozen=True)
 class Progress:
-    """After each segment. position: tokens read; fraction: of the input, or None where its size is not known."""
+    """After each segment. position: tokens read; fraction: of the input, or None where its size is not known.
+
+    scores: of a segment that was folded meanwhile, where they were asked for.
+    """
 
     segments: int
     position: int
     fraction: float | None
+    scores: SegmentScores | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Summary:
 
     ms_early, ms_late: medians of a segment step over the first and the last 1,000 full segments. memory_early,
     memory_late: anonymous resident bytes (RssAnon) at 200,000 tokens and at the end. stream: to ask, fork or feed on.
+    scores: of the last segment, which is not folded; total: of the whole stream; None unless they were asked for.
     """
 
     tokens: int
@@ -50,6 +58,8 @@ class Summary:
     memory_early: int | None
     memory_late: int | None
     stream: Stream = field(repr=False)
+    scores: SegmentScores | None = None
+    total: Total | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -90,22 +100,24 @@ def run(
     checkpoints: Checkpoints | None = None,
     resume: str | Path | None = None,
     allow_inexact: bool = False,
+    score: bool = False,
 ) -> Generator[Event, None, None]:
     """Reads `source` (a text file, "-", or a token file: `.npy`, or raw with `token_dtype`) to its end.
 
     Yields Progress after each segment and one Summary. The last segment, full or not, is kept as the stream's rest:
     nothing is asked yet, and a question may still share it. `resume` goes on from a state file: inside its input if
-    that was not read to the end, else with `source` as the text that follows. Raises InputError, TokenizerError,
-    StateError, NumericalError, ValueError.
+    that was not read to the end, else with `source` as the text that follows. `score` keeps the log-probability of
+    every token: each stands in the `scores` of one event. Raises InputError, TokenizerError, StateError,
+    NumericalError, ValueError.
     """
     if max_n_segments is not None and max_n_segments < 1:
         raise ValueError(f"max_n_segments must be at least 1; got {max_n_segments}")
     limit = None if max_n_segments is None else max_n_segments * engine.config.segment_size
     options = {"token_dtype": token_dtype, "errors": errors, "field": field}
     if resume is None:
-        stream, place = _new_stream(engine, source, options, alignment or engine.config.alignment, limit), None
+        stream, place = _new_stream(engine, source, options, alignment or engine.config.alignment, limit, score), None
     else:
-        stream, place = _resumed(engine, resume, allow_inexact)
+        stream, place = _resumed(engine, resume, allow_inexact, score)
     clock = _Clock(stream.position)
     if not (place and _is_read(place, source)):
         start = None if place is None or place["done"] else InputPosition.from_dict(_without_done(place))
@@ -113,6 +125,35 @@ def run(
             yield from _read(stream, opened, clock, limit, checkpoints)
     if not stream.position:
         raise InputError(f"{source} holds no tokens of content: there is nothing to read")
+    yield clock.summary(stream)
+
+
+def score(engine: Engine, source: str | Path | Ids, **options: Any) -> Iterator[SegmentScores]:
+    """The log-probability of every token of `source`, one segment after the other, in constant memory.
+
+    source: what `run` reads, with its options, or token ids (1-D) and perhaps an `alignment`. The `total` of the last
+    one is that of the whole. Which row predicts which token: see `rmt_engine.scoring`. Raises ValueError for a
+    classifier, and what `run` raises.
+    """
+    events: Iterator[Event]
+    if isinstance(source, str | Path):
+        events = run(engine, source, score=True, **options)
+    else:
+        events = _run_ids(engine, source, **options)
+    return (event.scores for event in events if event.scores is not None)
+
+
+def _run_ids(engine: Engine, ids: Ids, alignment: str | None = None) -> Iterator[Event]:
+    ids = as_ids(ids)
+    content = len(ids) - int(np.isin(ids, engine.config.drop_ids).sum())
+    stream = Stream(engine, content, alignment, score=True)
+    clock, size = _Clock(0), stream.place.size
+    for start in range(0, len(ids), size):
+        folded = stream.segments
+        stream.feed(ids[start : start + size])
+        yield _progress(stream, folded, None)
+    if not stream.position:
+        raise ValueError("expected at least one token id: there is nothing to score")
     yield clock.summary(stream)
 
 
@@ -127,32 +168,56 @@ def _read(
         with opened.segments(Cut(room, stream.place.size), stream.engine.vocab_size) as segments:
             for segment in opened.errors_of(segments):
                 ids = segment.ids if limit is None else segment.ids[: max(limit - stream.position, 0)]
+                folded = stream.segments
                 with clock:
                     stream.take(ids)
                 clock.look_at_memory(stream.position)
-                if limit is not None and stream.position >= limit:
-                    return
                 if checkpoints is not None and checkpoints.is_due(stream.position):
                     checkpoints.save(stream, opened.position_at(stream.position - begun))
-                yield Progress(stream.segments, stream.position, opened.fraction(stream.position - begun))
+                yield _progress(stream, folded, opened.fraction(stream.position - begun))
+                if limit is not None and stream.position >= limit:
+                    return
         done = True
     finally:
         if checkpoints is not None and (done or stream.position > begun):
             checkpoints.save(stream, opened.position_at(stream.position - begun), done)
 
 
+def _progress(stream: Stream, folded: int, fraction: float | None) -> Progress:
+    """What the last step did; `folded` segments stood in the memory before it."""
+    scores = stream.place.scores
+    last = scores.last if scores is not None and stream.segments > folded else None
+    return Progress(stream.segments, stream.position, fraction, last)
+
+
 def _new_stream(
-    engine: Engine, source: str | Path, options: dict[str, str | None], alignment: str, limit: int | None
+    engine: Engine,
+    source: str | Path,
+    options: dict[str, str | None],
+    alignment: str,
+    limit: int | None,
+    score: bool,
 ) -> Stream:
+    if score:
+        check_scorable(engine.config)  # told before a first pass counts
     if check_alignment(alignment) == "left":
-        return Stream(engine, alignment=alignment)
+        return Stream(engine, alignment=alignment, score=score)
     length = count_tokens(engine, source, **options, alignment=alignment)  # type: ignore[arg-type]
-    return Stream(engine, length if limit is None else min(length, limit), alignment)
+    return Stream(engine, length if limit is None else min(length, limit), alignment, score)
 
 
-def _resumed(engine: Engine, path: str | Path, allow_inexact: bool) -> tuple[Stream, Mapping[str, Any] | None]:
+def _resumed(
+    engine: Engine, path: str | Path, allow_inexact: bool, score: bool
+) -> tuple[Stream, Mapping[str, Any] | None]:
     """The stream of a state file, and the place in the input that it was reading."""
     stream, place = resume_stream(engine, path, allow_inexact)
+    if score and stream.place.scores is None:
+        raise ValueError(
+            f"{path} was read without scores, and what is folded cannot be scored any more: leave out --score "
+            "(score=True), or read the input again with it"
+        )
+    if not score:
+        stream.place = replace(stream.place, scores=None)
     if place is None or place["done"]:
         if stream.place.length is not None:
             raise ValueError(
@@ -206,9 +271,12 @@ class _Clock:
         seconds = time.perf_counter() - self.start
         segments = stream.segments + 1  # the rest is the last one
         read = stream.position - self.position
-        return Summary(
-            stream.position, segments, read, seconds, early, late, self.memory_early, resident_bytes(), stream
-        )
+        memory = self.memory_early, resident_bytes()
+        summary = Summary(stream.position, segments, read, seconds, early, late, *memory, stream)
+        if stream.place.scores is None:
+            return summary
+        scores = stream.scores()
+        return replace(summary, scores=scores.last, total=scores.total)
 
 
 def resident_bytes() -> int | None:

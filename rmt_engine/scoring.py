@@ -11,6 +11,7 @@ Every token is scored exactly once, by the row before it, with the context that 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +42,11 @@ class Total:
         """The authors' loss: the mean NLL of all tokens but the first; None before the second token."""
         return (self.nll - self.first) / (self.tokens - 1) if self.tokens > 1 else None
 
+    def to_dict(self) -> dict[str, float | None]:
+        """For JSON, which knows no infinity: then None."""
+        means = {"nll": self.nll, "perplexity": self.perplexity, "bits_per_token": self.bits_per_token}
+        return {"tokens": self.tokens, **_finite({**means, "loss": self.loss})}
+
 
 @dataclass(frozen=True)
 class SegmentScores:
@@ -59,6 +65,11 @@ class SegmentScores:
     @property
     def perplexity(self) -> float:
         return _perplexity(self.nll, self.end - self.start)
+
+    def to_dict(self) -> dict[str, float | None]:
+        """For JSON: the segment without its tokens."""
+        place = {"segment": self.index, "start": self.start, "end": self.end}
+        return {**place, **_finite({"nll": self.nll, "perplexity": self.perplexity})}
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +93,16 @@ class Scores:
         last = SegmentScores(self.segments, before.tokens, total.tokens, log_probabilities, nll, total)
         return Scores(row, self.segments + 1, total, last)
 
+    def sums(self) -> dict[str, float]:
+        """All but the row, as a state file holds it."""
+        return {"segments": self.segments, **vars(self.total)}
+
+    @classmethod
+    def restored(cls, sums: Mapping[str, float], row: Tensor | None) -> Scores:
+        """Inverse of `sums`. Raises KeyError, TypeError, ValueError for what is none."""
+        total = Total(int(sums["tokens"]), float(sums["nll"]), float(sums["first"]))
+        return cls(row, int(sums["segments"]), total)
+
 
 def check_scorable(config: RMTConfig) -> None:
     """Raises ValueError for a checkpoint that gives no probabilities to tokens."""
@@ -89,6 +110,10 @@ def check_scorable(config: RMTConfig) -> None:
         raise ValueError(
             "this checkpoint is a classifier: it predicts labels, not tokens, so there is nothing to score"
         )
+
+
+def _finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {name: None if value is None or not math.isfinite(value) else value for name, value in values.items()}
 
 
 def _perplexity(nll: float, tokens: int) -> float:

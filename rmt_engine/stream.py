@@ -17,6 +17,7 @@ from rmt_engine.errors import NumericalError, StateError
 from rmt_engine.layouts import Cut, check_alignment
 from rmt_engine.memory import MemoryState, StateFile
 from rmt_engine.sampling import generate
+from rmt_engine.scoring import Scores, check_scorable
 from rmt_engine.text_input import Utf8Decoder
 
 if TYPE_CHECKING:
@@ -31,8 +32,12 @@ class Stream:
     memory: the memory state [M, E]; position: tokens read; rest: ids of the segment not yet folded.
     """
 
-    def __init__(self, engine: Engine, length: int | None = None, alignment: str | None = None):
+    def __init__(
+        self, engine: Engine, length: int | None = None, alignment: str | None = None, score: bool = False
+    ) -> None:
         self.engine = engine
+        if score:
+            check_scorable(engine.config)
         alignment = check_alignment(alignment or engine.config.alignment)
         if length is not None and length < 0:
             raise ValueError(f"length must be at least 0; got {length}")
@@ -43,7 +48,13 @@ class Stream:
             )
         cut = Cut.of(length or 0, engine.config.segment_size, alignment)
         # All that a stream is, replaced whole and never written in place: an interruption falls between two states.
-        self.place = MemoryState(engine.initial_memory(), cut.first, cut.size, length if alignment != "left" else None)
+        self.place = MemoryState(
+            engine.initial_memory(),
+            cut.first,
+            cut.size,
+            length if alignment != "left" else None,
+            scores=Scores() if score else None,
+        )
 
     def __enter__(self) -> Stream:
         return self
@@ -82,7 +93,7 @@ class Stream:
                 self._flush_bytes()
                 self._feed_text(text_or_ids)
             else:
-                ids = _as_ids(text_or_ids)
+                ids = as_ids(text_or_ids)
                 self.flush()
                 self._read(ids)
 
@@ -92,6 +103,19 @@ class Stream:
             self.flush()
             self._check_complete()
             self._fold_rest()
+
+    def scores(self) -> Scores:
+        """The scores of all that was read, the unfinished rest included: it is folded in a fork, the stream stays.
+
+        Raises ValueError unless the stream was made with `score=True`.
+        """
+        if self.place.scores is None:
+            raise ValueError("this stream is not scored: make it with engine.stream(score=True)")
+        fork = self.fork()
+        fork.flush()
+        fork._fold_rest()
+        assert fork.place.scores is not None
+        return fork.place.scores
 
     def fork(self) -> Stream:
         """An independent stream at the same place."""
@@ -139,6 +163,7 @@ class Stream:
         if engine.config.family != "decoder":
             raise ValueError("this checkpoint is a classifier: it generates no text; use classify")
         fork = self.fork()
+        fork.place = replace(fork.place, scores=None)  # nobody asks for the scores of a question
         fork.flush()
         final = fork._final_segment(question, split)
         engine.check_answer_fits(len(final), max_new_tokens)
@@ -242,20 +267,27 @@ class Stream:
             raise
 
     def _folded(self, place: MemoryState, ids: np.ndarray) -> MemoryState:
-        memory = self.engine.executor.fold(self._tensor(ids), place.memory)
+        executor, tensor, scores = self.engine.executor, self._tensor(ids), place.scores
+        if scores is None:
+            memory = executor.fold(tensor, place.memory)
+        else:
+            memory, log_probabilities, row = executor.fold_with_scores(tensor, place.memory, scores.row)
+            scores = scores.add(log_probabilities[0].cpu().numpy(), row)
         if not bool(memory.isfinite().all()):
             raise NumericalError(
                 f"the memory state is not finite after segment {place.segments} (tokens {place.folded} to "
                 f"{place.folded + len(ids) - 1}); the stream stands before it. Half-precision overflows where "
                 "float32 does not: try --dtype float32"
             )
-        return replace(place, memory=memory, segments=place.segments + 1, folded=place.folded + len(ids))
+        segments, folded = place.segments + 1, place.folded + len(ids)
+        return replace(place, memory=memory, segments=segments, folded=folded, scores=scores)
 
     def _tensor(self, ids: np.ndarray) -> Tensor:
         return torch.from_numpy(ids).to(self.engine.device)[None]
 
 
-def _as_ids(ids: Ids) -> np.ndarray:
+def as_ids(ids: Ids) -> np.ndarray:
+    """1-D integers of any kind as an array. Raises ValueError for anything else."""
     array = np.asarray(ids)
     if array.size == 0:
         array = array.astype(np.int64)
@@ -272,5 +304,8 @@ def resume(engine: Engine, path: str | Path, allow_inexact: bool = False) -> tup
     if saved.state.memory.shape != initial.shape:
         raise StateError(f"{path}: memory {list(saved.state.memory.shape)}, expected {list(initial.shape)}")
     stream = Stream(engine, alignment="left")
-    stream.place = replace(saved.state, memory=saved.state.memory.to(initial))
+    scores = saved.state.scores
+    if scores is not None and scores.row is not None:
+        scores = replace(scores, row=scores.row.to(initial))
+    stream.place = replace(saved.state, memory=saved.state.memory.to(initial), scores=scores)
     return stream, saved.input
