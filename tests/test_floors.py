@@ -87,6 +87,12 @@ def test_the_map_names_every_module() -> None:
     assert {name for name in names if f"`{name}`" not in text} == set()
 
 
+def test_the_floors_are_told() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    told = {int(floor): set(re.findall(r"`(\w+)`", row)) for floor, row in re.findall(r"^\| (\d) \|(.*)$", text, re.M)}
+    assert [names - told.get(floor, set()) for floor, names in enumerate(FLOORS)] == [set()] * len(FLOORS)
+
+
 def test_imports_only_go_down() -> None:
     found = [edge for file in sources() for edge in upward(*file)]
     assert [edge for edge in found if edge[:2] not in LAZY or not edge[2]] == []
