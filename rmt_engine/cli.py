@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,9 +17,18 @@ EPILOG = "exit codes: 0 done, 1 failed, 2 usage, 3 bad checkpoint or state file,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Results go to stdout, everything else to stderr."""
     options = parser().parse_args(arguments)
-    from rmt_engine import commands  # torch comes with it: not before it is known that there is work to do
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):  # a name or an answer may hold what an encoding has not
+            output.reconfigure(errors="backslashreplace")
+    if getattr(options, "json", False) and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+    return _flushed(_run(options))
 
+
+def _run(options: argparse.Namespace) -> int:
     try:
+        from rmt_engine import commands  # torch comes with it: not before it is known that there is work to do
+
         return int(getattr(commands, options.command)(options))
     except RMTError as error:
         return _fail(str(error), error.exit_code)
@@ -26,14 +37,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        sys.stderr.close()  # who read our output has left: nothing to say, and nobody to say it to
-        return 1
+        return 1  # who read our output has left: nobody to say it to
     except OSError as error:
         return _fail(str(error), 1)
     except (MemoryError, RuntimeError) as error:
-        if not commands.is_out_of_memory(error):
+        from rmt_engine.commands import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         return _fail("out of memory: give fewer or shorter segments at once, or a smaller dtype", OUT_OF_MEMORY)
+
+
+def _flushed(code: int) -> int:
+    """The exit code, once all output is written; 1 where it cannot be."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush fails once more
+        return code or (1 if isinstance(error, BrokenPipeError) else _fail(f"cannot write the output: {error}", 1))
+    return code
 
 
 def _fail(message: str, code: int) -> int:

@@ -63,7 +63,10 @@ def run(options: argparse.Namespace) -> int:
             print(f"the state at token {checkpoints.saved_at:,} is saved: go on with --resume {path}", file=sys.stderr)
         raise
     result = _result(summary, options)
-    print(json.dumps(result, ensure_ascii=False) if options.json else _text(result, engine, options))
+    try:
+        result |= _asked(summary.stream, options)
+    finally:  # what was read is told even where an answer does not fit
+        print(json.dumps(result, ensure_ascii=False) if options.json else _text(result, engine, options))
     return 0
 
 
@@ -108,6 +111,8 @@ def _engine(options: argparse.Namespace) -> Engine:
 def _check_questions(engine: Engine, questions: Sequence[str], max_new_tokens: int) -> None:
     """Tells before hours of reading what can never be answered after them."""
     for question in questions:
+        if not question.strip():
+            raise ValueError("expected a question, got an empty one")
         ids = engine.tokenizer.encode(engine.config.ask_template.replace("{question}", question))
         if len(ids) > engine.config.segment_size:
             raise ValueError(
@@ -138,11 +143,16 @@ def _result(summary: Summary, options: argparse.Namespace) -> dict[str, Any]:
         result["score"] = summary.total.to_dict()
     if stream.engine.config.family == "encoder_classifier":
         result["labels"] = [{"label": name, "score": score} for name, score in stream.classify()]
-    if options.ask:
-        result["answers"] = _answers(stream, options.ask, options.max_new_tokens)
-    if options.generate:
-        result["generated"] = stream.generate(options.generate)
     return result
+
+
+def _asked(stream: Stream, options: argparse.Namespace) -> dict[str, Any]:
+    asked: dict[str, Any] = {}
+    if options.ask:
+        asked["answers"] = _answers(stream, options.ask, options.max_new_tokens)
+    if options.generate:
+        asked["generated"] = stream.generate(options.generate)
+    return asked
 
 
 def _answer(entry: dict[str, str]) -> str:

@@ -53,7 +53,7 @@ def _bar() -> rich.progress.Progress:
     from rich.console import Console
 
     columns = (
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),  # the name of a file may hold brackets
         progress.BarColumn(),
         progress.TaskProgressColumn(),
         progress.TextColumn("{task.fields[figures]}"),
