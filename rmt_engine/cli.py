@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(output, io.TextIOWrapper):  # a name or an answer may hold what an encoding has not
             output.reconfigure(errors="backslashreplace")
     if getattr(options, "json", False) and isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     return _flushed(_run(options))
 
 
