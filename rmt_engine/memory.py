@@ -149,12 +149,33 @@ class StateFile:
             sums, row = about["scores"], tensors.get("score_row")
             scores = None if sums is None else Scores.restored(sums, row)
             state = MemoryState(memory=tensors["memory"][None], rest=tensors["rest"].numpy(), scores=scores, **plain)
-            origin = Origin(**about["origin"])
+            origin, place = Origin(**about["origin"]), about["input"]
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise StateError(f"the checksum is right, but this is no state of version {VERSION}: {error}") from error
         if not bool(state.memory.isfinite().all()):
             raise StateError("its memory state is not finite")
-        return cls(state, origin, about["input"])
+        if not (_is_sound(state) and all(isinstance(v, str | None) for v in vars(origin).values())):
+            raise StateError(f"the checksum is right, but what it says is of no state of version {VERSION}")
+        if not isinstance(place, dict | None):
+            raise StateError("the checksum is right, but its place in the input is none")
+        return cls(state, origin, place)
+
+
+def _is_sound(state: MemoryState) -> bool:
+    """Whether everything is of the type and in the range that a stream can have."""
+    length = 0 if state.length is None else state.length
+    counts = (state.first, state.size, state.segments, state.folded, state.bytes_read, length)
+    return (
+        all(type(count) is int and count >= 0 for count in counts)
+        and 1 <= state.first <= state.size
+        and isinstance(state.held_text, str)
+        and isinstance(state.continued, bool)
+        and state.memory.ndim == 3
+        and state.memory.is_floating_point()
+        and state.rest.ndim == 1
+        and state.rest.dtype == np.int64
+        and len(state.rest) <= state.next_size
+    )
 
 
 def fingerprint(config: RMTConfig, weights: Mapping[str, Tensor]) -> str:

@@ -303,6 +303,9 @@ def resume(engine: Engine, path: str | Path, allow_inexact: bool = False) -> tup
     initial = engine.initial_memory()
     if saved.state.memory.shape != initial.shape:
         raise StateError(f"{path}: memory {list(saved.state.memory.shape)}, expected {list(initial.shape)}")
+    place, size, vocab = saved.state, engine.config.segment_size, engine.vocab_size
+    if place.size > size or len(place.rest[(place.rest < 0) | (place.rest >= vocab)]):
+        raise StateError(f"{path}: its segments of {place.size} or the ids in them do not fit this model")
     stream = Stream(engine, alignment="left")
     scores = saved.state.scores
     if scores is not None and scores.row is not None:
