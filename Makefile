@@ -23,7 +23,7 @@ has_headers = -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + 
 has_compiler = set -- $${CXX:-g++} && command -v "$$1"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-native test-native-sanitize lint format clean
+.PHONY: help setup run test test-native test-native-sanitize campaign lint format clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ test-native: ## Run the C++ tests alone; SANITIZE=address,undefined or SANITIZE=
 test-native-sanitize: setup ## Run the C++ tests and the extension's Python tests under ASan, UBSan and TSan
 	for sanitizer in address,undefined thread; do \
 	  OMP_NUM_THREADS=1 $(MAKE) -C csrc test test-module SANITIZE=$$sanitizer PYTHON='$(ABSOLUTE_PY)' || exit 1; done
+
+campaign: setup ## Damage files, kill runs and fail disks at full count; ARGS='states --count 500 --seed 7' chooses
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) -m campaign $(ARGS)
 
 lint: setup ## Check style and types: ruff, mypy, clang-format
 	$(PY) -m ruff check
