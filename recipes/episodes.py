@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from facts_data import NAMES, Fact, FactWriter, NoiseBank, distractor_sentences
+from facts_data import Fact, FactWriter, NoiseBank, distractor_sentences
 from torch import Tensor
+
+from rmt_engine.evaluation.facts import NAMES
 
 UNKNOWN = -1
 

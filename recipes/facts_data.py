@@ -7,8 +7,6 @@ splits its input anyway (`fact_places`), so the ids equal those of the tokenized
 
 from __future__ import annotations
 
-import hashlib
-import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,58 +15,11 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-NAMES = ("Mary", "John", "Daniel", "Sandra")
-VERBS = ("moved", "went", "went back", "journeyed", "travelled")
-ROOMS = ("bathroom", "hallway", "garden", "office", "bedroom", "kitchen")
+from rmt_engine.evaluation.facts import NAMES, ROOMS, VERBS
+from rmt_engine.evaluation.facts import Fact as Sentence
+
 ASK_TEMPLATE = "\nQuestion: {question}\nAnswer:"
 EOS = "<|endoftext|>"
-
-HELD_OUT_BELOW = 84  # of the 256 values of a hash's first byte: about a third of the files
-
-
-def is_held_out(content: bytes) -> bool:
-    """Whether a file with this content is kept out of training: decided by the content alone, on any machine."""
-    return hashlib.sha256(content).digest()[0] < HELD_OUT_BELOW
-
-
-def python_sources(root: Path | None = None) -> Iterator[bytes]:
-    """Contents of the standard library's UTF-8 `.py` files (or of those under `root`), in a fixed order."""
-    root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    skipped = {"site-packages", "dist-packages", "__pycache__"}
-    for path in sorted(root.rglob("*.py")):
-        if not skipped.intersection(path.relative_to(root).parts):
-            content = path.read_bytes()
-            if content and is_utf8(content):
-                yield content
-
-
-def text_files(root: Path, suffixes: tuple[str, ...]) -> Iterator[bytes]:
-    """Contents of the UTF-8 files under `root` whose names end in one of `suffixes`, in a fixed order, each once."""
-    seen = set()
-    for path in sorted(root.rglob("*")):
-        if path.suffix in suffixes and path.is_file():
-            content = path.read_bytes()
-            digest = hashlib.sha256(content).digest()
-            if content and digest not in seen and is_utf8(content):
-                seen.add(digest)
-                yield content
-
-
-def is_utf8(content: bytes) -> bool:
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def fact_sentence(name: str, verb: str, room: str) -> str:
-    return f"{name} {verb} to the {room}."
-
-
-def question(name: str) -> str:
-    return f"Where is {name}?"
-
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
 
@@ -77,9 +28,9 @@ def tokenizer_sentences(repeats: int = 4000) -> Iterator[str]:
     """Facts and asked questions, often enough that each of their words becomes one token."""
     rng = np.random.default_rng(0)
     for _ in range(repeats):
-        name, verb, room = rng.choice(NAMES), rng.choice(VERBS), rng.choice(ROOMS)
-        sentence = fact_sentence(name, verb, room)
-        yield f"{sentence}\nthe {sentence}{ASK_TEMPLATE.format(question=question(name))} {room}"
+        fact = Sentence(str(rng.choice(NAMES)), str(rng.choice(VERBS)), str(rng.choice(ROOMS)))
+        asked = ASK_TEMPLATE.format(question=fact.question)
+        yield f"{fact.sentence}\nthe {fact.sentence}{asked} {fact.room}"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -137,12 +88,13 @@ class FactWriter:
         self.tokenizer = tokenizer
         self.classes = TokenClasses.of(tokenizer)
         self.rooms = np.array([self._ids(" " + room)[-1] for room in ROOMS])
-        self.questions = [self._ids(ASK_TEMPLATE.format(question=question(name))) for name in NAMES]
+        asked = [Sentence(name, VERBS[0], ROOMS[0]).question for name in NAMES]
+        self.questions = [self._ids(ASK_TEMPLATE.format(question=question)) for question in asked]
         for room in ROOMS:
             if len(self._ids(" " + room)) != 1:
                 raise ValueError(f"the tokenizer splits {room!r}: train it on more fact sentences")
         self.facts = {
-            (n, r): [self._fact(n, r, fact_sentence(name, verb, room)) for verb in VERBS]
+            (n, r): [self._fact(n, r, Sentence(name, verb, room).sentence) for verb in VERBS]
             for n, name in enumerate(NAMES)
             for r, room in enumerate(ROOMS)
         }

@@ -29,8 +29,6 @@ from facts_data import (
     ASK_TEMPLATE,
     FactWriter,
     NoiseBank,
-    is_held_out,
-    python_sources,
     tokenizer_sentences,
     train_tokenizer,
 )
@@ -38,6 +36,8 @@ from rmt_training import RecurrentMemoryModel
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2Config, PreTrainedTokenizerFast
+
+from rmt_engine.evaluation.noise import is_held_out, python_sources
 
 
 @dataclass
