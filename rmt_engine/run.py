@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections import deque
@@ -80,6 +81,16 @@ class Checkpoints:
     every: int | None = None
     saved_at: int | None = None
 
+    def __post_init__(self) -> None:
+        """Tells before anything is read what could not be saved after it. Raises ValueError."""
+        path = Path(self.path).absolute()
+        if path.is_dir():
+            raise ValueError(f"{path} is a directory: give a file to save the state in")
+        if not path.parent.is_dir():
+            raise ValueError(f"there is no folder {path.parent} to save the state in: make it first")
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"the folder {path.parent} may not be written: save the state elsewhere")
+
     def is_due(self, position: int) -> bool:
         return self.every is not None and position - (self.saved_at or 0) >= self.every
 
@@ -120,6 +131,8 @@ def run(
         stream, place = _resumed(engine, resume, allow_inexact, score)
     clock = _Clock(stream.position)
     if not (place and _is_read(place, source)):
+        if resume is not None and (place is None or place["done"]):
+            _begin_another(stream, resume)
         start = None if place is None or place["done"] else InputPosition.from_dict(_without_done(place))
         with open_input(engine, source, **options, start=start) as opened:  # type: ignore[arg-type]
             yield from _read(stream, opened, clock, limit, checkpoints)
@@ -218,14 +231,17 @@ def _resumed(
         )
     if not score:
         stream.place = replace(stream.place, scores=None)
-    if place is None or place["done"]:
-        if stream.place.length is not None:
-            raise ValueError(
-                f"{path} was aligned for exactly {stream.place.length:,} tokens and has them: it can be asked, but no "
-                "text can follow; to go on later, read with --alignment left"
-            )
-        stream.flush()
     return stream, place
+
+
+def _begin_another(stream: Stream, path: str | Path) -> None:
+    """A text is to follow what the state has read. Raises ValueError where none can."""
+    if stream.place.length is not None:
+        raise ValueError(
+            f"{path} was aligned for exactly {stream.place.length:,} tokens and has them: it can be asked, but no text "
+            "can follow; to go on later, read with --alignment left"
+        )
+    stream.flush()
 
 
 def _is_read(place: Mapping[str, Any], source: str | Path) -> bool:
