@@ -23,7 +23,7 @@ has_headers = -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + 
 has_compiler = set -- $${CXX:-g++} && command -v "$$1"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-native test-native-sanitize campaign lint format clean
+.PHONY: help setup run test test-gpu test-gpu-sanitize kernels-report test-native test-native-sanitize campaign lint format clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,15 @@ run: setup ## Read 2,000,000 tokens with a fact hidden in them, and ask for it
 
 test: setup ## Run every test that needs no GPU; ARGS='-k stream' goes to pytest
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not gpu' $(ARGS)
+
+test-gpu: setup ## Run the tests that need a CUDA device
+	$(PY) -m pytest -m gpu $(ARGS)
+
+test-gpu-sanitize: setup ## Run the kernels' tests on a CUDA device under compute-sanitizer
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(PY) -m pytest tests/triton_ops.py $(ARGS)
+
+kernels-report: setup ## Compile every launch of the GPU kernels, without a GPU, and write kernels/REPORT.md
+	OMP_NUM_THREADS=1 $(PY) kernels/report.py $(ARGS)
 
 test-native: ## Run the C++ tests alone; SANITIZE=address,undefined or SANITIZE=thread
 	$(MAKE) -C csrc test

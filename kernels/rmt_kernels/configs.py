@@ -85,27 +85,24 @@ LINEAR: dict[tuple[Arch, Width, bool], LinearConfig] = {  # (arch, width, few ro
     ("sm_90", "half", True): LinearConfig(16, 64, 128, warps=4, stages=5),
     ("sm_90", "full", False): LinearConfig(64, 64, 16, warps=8, stages=3),
     ("sm_90", "full", True): LinearConfig(16, 64, 32, warps=4, stages=4),
-    ("sm_100", "half", False): LinearConfig(128, 128, 64, warps=4, stages=4),
+    ("sm_100", "half", False): LinearConfig(128, 128, 64, warps=8, stages=4),
     ("sm_100", "half", True): LinearConfig(16, 64, 128, warps=4, stages=5),
-    ("sm_100", "full", False): LinearConfig(64, 64, 16, warps=8, stages=3),
+    ("sm_100", "full", False): LinearConfig(64, 64, 16, warps=4, stages=3),
     ("sm_100", "full", True): LinearConfig(16, 64, 32, warps=4, stages=4),
 }
 
-ATTENTION: dict[tuple[Arch, Width, bool], AttentionConfig] = {
-    ("sm_80", "half", False): AttentionConfig(64, 64, warps=4, stages=2),
-    ("sm_80", "half", True): AttentionConfig(16, 64, warps=4, stages=2),
-    ("sm_80", "full", False): AttentionConfig(32, 32, warps=4, stages=1),
-    ("sm_80", "full", True): AttentionConfig(16, 32, warps=4, stages=1),
-    ("sm_90", "half", False): AttentionConfig(64, 64, warps=4, stages=2),
-    ("sm_90", "half", True): AttentionConfig(16, 64, warps=4, stages=2),
-    ("sm_90", "full", False): AttentionConfig(32, 32, warps=4, stages=1),
-    ("sm_90", "full", True): AttentionConfig(16, 32, warps=4, stages=1),
-    ("sm_100", "half", False): AttentionConfig(128, 64, warps=4, stages=2),
-    ("sm_100", "half", True): AttentionConfig(16, 64, warps=4, stages=2),
-    ("sm_100", "full", False): AttentionConfig(32, 32, warps=4, stages=1),
-    ("sm_100", "full", True): AttentionConfig(16, 32, warps=4, stages=1),
+# (width, few packed rows, heads wider than 64). Alike on all three until somebody tunes them.
+_ATTENTION: dict[tuple[Width, bool, bool], AttentionConfig] = {
+    ("half", False, False): AttentionConfig(64, 64, warps=4, stages=2),
+    ("half", False, True): AttentionConfig(64, 32, warps=4, stages=2),
+    ("half", True, False): AttentionConfig(16, 64, warps=2, stages=2),
+    ("half", True, True): AttentionConfig(16, 64, warps=4, stages=2),
+    ("full", False, False): AttentionConfig(32, 32, warps=4, stages=1),
+    ("full", False, True): AttentionConfig(32, 16, warps=4, stages=1),
+    ("full", True, False): AttentionConfig(16, 32, warps=4, stages=1),
+    ("full", True, True): AttentionConfig(16, 32, warps=4, stages=1),
 }
-
+ATTENTION: dict[Arch, dict[tuple[Width, bool, bool], AttentionConfig]] = {arch: dict(_ATTENTION) for arch in ARCHS}
 
 _ASSUMED: ContextVar[Arch | None] = ContextVar("assumed architecture", default=None)
 
@@ -145,8 +142,8 @@ def linear_config(arch: Arch, dtype: torch.dtype, slot_rows: int) -> LinearConfi
     return LINEAR[arch, width_of(dtype), few(slot_rows)]
 
 
-def attention_config(arch: Arch, dtype: torch.dtype, packed_rows: int) -> AttentionConfig:
-    return ATTENTION[arch, width_of(dtype), few(packed_rows)]
+def attention_config(arch: Arch, dtype: torch.dtype, packed_rows: int, block_d: int) -> AttentionConfig:
+    return ATTENTION[arch][width_of(dtype), few(packed_rows), block_d > 64]
 
 
 def split_k(arch: Arch, config: LinearConfig, slot_rows: int, outputs: int, inputs: int) -> int:

@@ -169,7 +169,7 @@ def finish_kernel(
     m_n = o_n < N
     x = tl.zeros([BE], dtype=tl.float32)
     for i_split in tl.static_range(SPLITS):
-        x += tl.load(p_parts + (i_split * rows.to(tl.int64) + i_r) * N + o_n, mask=m_n, other=0.0)
+        x += tl.load(p_parts + (i_split * rows + i_r) * N + o_n, mask=m_n, other=0.0)
     if BIAS:
         x += tl.load(p_bias + o_n, mask=m_n, other=0.0)
     p_row = p_residual + i_r // slot_rows * residual_slot + i_r % slot_rows * residual_row

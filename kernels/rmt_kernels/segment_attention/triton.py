@@ -334,7 +334,7 @@ class TritonAttention:
         batch, rows, _ = q.shape
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         packed = rows * self.groups
-        config = attention_config(arch_of(q.device), q.dtype, packed)
+        config = attention_config(arch_of(q.device), q.dtype, packed, self.block_d)
         apart = KEYS_APART if few(packed) and length > KEYS_APART else 0
         parts = triton.cdiv(length, apart) if apart else 1
         target, maximum, weight = out, None, None

@@ -1,0 +1,166 @@
+"""The Triton kernels compiled without a GPU: no spills, shared memory that fits, tensor cores where they belong.
+
+One configuration of each kernel; `make kernels-report` compiles every launch of every backbone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from rmt_kernels import configs, linear_residual, lm_head, memory, norm_linear, segment_attention
+from rmt_kernels.configs import ARCHS, Arch, AttentionConfig, LinearConfig
+from rmt_kernels.memory import Embeddings
+from rmt_kernels.segment_attention import AttentionSpec, KVCache
+from rmt_kernels.weights import Linear, Norm
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed: it is for Linux alone", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+from rmt_kernels import aot
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def norm(kind: str = "layer") -> Norm:
+    return Norm("layer" if kind == "layer" else "rms", meta(768), meta(768) if kind == "layer" else None, 1e-5)
+
+
+def qkv_linear() -> None:
+    norm_linear.plan(Linear(meta(2304, 768), meta(2304)), norm(), "gelu_tanh", backend="triton")(meta(1, 512, 768))
+
+
+def gated_linear() -> None:
+    norm_linear.plan(Linear(meta(4096, 768)), norm("rms"), "swiglu", backend="triton")(meta(1, 512, 768))
+
+
+def fp32_linear() -> None:
+    norm_linear.plan(Linear(meta(768, 768, dtype=FP32)), backend="triton")(meta(1, 512, 768, dtype=FP32))
+
+
+def one_row_split_among_programs() -> None:
+    """A launch whose counts are 1, which Triton makes constants of."""
+    linear_residual.plan(Linear(meta(768, 3072), meta(768)), norm(), backend="triton")(
+        meta(1, 1, 3072), meta(1, 1, 768)
+    )
+
+
+def attention() -> None:
+    plan = segment_attention.plan(AttentionSpec(12, 12, 64, True, 0.125), backend="triton")
+    q, k, v = meta(1, 512, 2304).split(768, -1)
+    plan(q, k, v, length=512)
+
+
+def rotary_attention_and_decode() -> None:
+    rope = (meta(4096, 64, dtype=FP32), meta(4096, 64, dtype=FP32))
+    plan = segment_attention.plan(AttentionSpec(32, 8, 64, True, 0.125, rope), backend="triton")
+    q, k, v = meta(1, 512, 3072).split((2048, 512, 512), -1)
+    plan(q, k, v, length=512)
+    cache = KVCache(meta(1, 8, 600, 64), meta(1, 8, 600, 64), 512)
+    plan(q[:, :1], k[:, :1], v[:, :1], length=1, cache=cache)
+
+
+def embeddings() -> None:
+    tables = Embeddings(meta(30522, 768), meta(512, 768), meta(768), norm())
+    memory.plan_read(tables, backend="triton")(meta(1, 512, dtype=torch.int64), meta(1, 10, 768), (1,))
+    memory.plan_write(norm(), backend="triton")(meta(1, 512, 768)[:, 1:11])
+
+
+def log_probabilities() -> None:
+    plan = lm_head.plan_nll(Linear(meta(50257, 768)), None, backend="triton")
+    plan(meta(1, 480, 768), meta(1, 480, dtype=torch.int64))
+
+
+STEPS: list[Callable[[], None]] = [
+    qkv_linear,
+    gated_linear,
+    fp32_linear,
+    one_row_split_among_programs,
+    attention,
+    rotary_attention_and_decode,
+    embeddings,
+    log_probabilities,
+]
+KERNELS = {"linear", "finish", "attention", "join", "append", "read", "norm_rows", "nll", "join_nll"}
+
+
+def launches(step: Callable[[], None], arch: Arch) -> list[aot.Launch]:
+    with configs.assume(arch), aot.recorded() as found:
+        step()
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
+def test_compiles_without_a_breach(step: Callable[[], None], arch: Arch) -> None:
+    for launch in launches(step, arch):
+        result = aot.compiled(launch, arch)
+        assert aot.breaches(launch, result, arch) == [], f"{launch.name} {launch.label()}: {result}"
+        assert result.registers > 0 and result.programs(arch) > 0
+        if launch.name == "linear_kernel" and launch.half:
+            assert result.async_copies, "tiles must be on their way while others are multiplied"
+
+
+def test_every_kernel_is_compiled() -> None:
+    assert {launch.name.removesuffix("_kernel") for step in STEPS for launch in launches(step, "sm_90")} == KERNELS
+
+
+def test_a_breach_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention tile far too large for one warp, and a product on which Hopper's instructions are lost."""
+    monkeypatch.setitem(configs.ATTENTION["sm_90"], ("half", False, False), AttentionConfig(64, 64, warps=1, stages=1))
+    launch = launches(attention, "sm_90")[0]
+    result = aot.compiled(launch, "sm_90")
+    assert any(words.startswith("spills: ") for words in aot.breaches(launch, result, "sm_90"))
+    fine = replace(result, spills=0, stack=0, shared=1024, wgmma=4, mma=0)
+    assert aot.breaches(launch, fine, "sm_90") == []
+    assert aot.breaches(launch, replace(fine, wgmma=0), "sm_90") == [
+        "no HGMMA in a 16-bit matrix product",
+        "no tensor-core instruction in a 16-bit matrix product",
+    ]
+    assert aot.breaches(launch, replace(fine, shared=233_000), "sm_90") == [
+        "shared memory: 233000 bytes, sm_90 has 232448"
+    ]
+
+
+def test_a_launch_is_known_by_its_source_and_its_constants() -> None:
+    first, second = launches(attention, "sm_90")[0], launches(qkv_linear, "sm_90")[0]
+    assert first.key("sm_90") == launches(attention, "sm_90")[0].key("sm_90")
+    assert len({first.key("sm_90"), first.key("sm_80"), second.key("sm_90")}) == 3
+    assert "p_q" in first.divisible and "start" in first.divisible
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_shipped_tiles_fit_the_shared_memory(arch: Arch) -> None:
+    for (of, width, _), config in configs.LINEAR.items():
+        if of == arch:
+            assert config.shared_bytes(width) <= configs.SHARED_LIMIT[arch]
+
+
+def test_configurations_state_their_constraints() -> None:
+    for make, words in (
+        (lambda: LinearConfig(48, 64, 32, 4, 3), r"block_m=48: expected a power of two in 16\.\.256"),
+        (lambda: LinearConfig(64, 64, 32, 4, 9), r"stages=9: expected 1\.\.8"),
+        (lambda: LinearConfig(64, 64, 32, 3, 2), r"warps=3: expected a power of two in 1\.\.16"),
+        (lambda: AttentionConfig(256, 64, 4, 2), r"block_q=256: expected a power of two in 16\.\.128"),
+        (lambda: AttentionConfig(64, 64, 4, 0), r"stages=0: expected 1\.\.4"),
+    ):
+        with pytest.raises(ValueError, match=f"^{words}$"):
+            make()
+
+
+def test_a_slot_is_split_alike_whatever_stands_beside_it() -> None:
+    config = configs.linear_config("sm_90", BF16, 16)
+    assert configs.split_k("sm_90", config, 16, 768, 3072) == 8
+    assert configs.split_k("sm_90", config, 16, 50257, 768) == 1
+    assert configs.split_k("sm_90", configs.linear_config("sm_90", BF16, 512), 512, 4096, 4096) == 1
