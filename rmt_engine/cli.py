@@ -36,6 +36,10 @@ def _run(options: argparse.Namespace) -> int:
         return _fail(str(error), USAGE)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if error.name != "rmt_engine._C":
+            raise
+        return _fail("the C++ extension is not built; build it: make setup, or pip install -e .", 1)
     except BrokenPipeError:
         return 1  # who read our output has left: nobody to say it to
     except OSError as error:

@@ -20,11 +20,12 @@ class CausalMasks:
 
     def __call__(self, start: int, rows: int, keys: int, dtype: torch.dtype) -> Tensor:
         key = (start, rows, keys, dtype)
-        if key not in self.table:
+        mask = self.table.get(key)
+        if mask is None:
             if len(self.table) >= MASKS_KEPT:
                 self.table.clear()
-            self.table[key] = torch.full((rows, keys), float("-inf"), dtype=dtype).triu_(start + 1)
-        return self.table[key]
+            mask = self.table[key] = torch.full((rows, keys), float("-inf"), dtype=dtype).triu_(start + 1)
+        return mask  # not looked up again: another thread may have cleared the table
 
 
 def plan(spec: AttentionSpec) -> SegmentAttention:
