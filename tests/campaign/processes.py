@@ -26,7 +26,7 @@ def fork(work: Callable[[], int], log: Path) -> int:
         os._exit(code)
 
 
-def exit_code(child: int, seconds: float = 120) -> int:
+def exit_code(child: int, seconds: float = 900) -> int:
     """Waits for the child; minus the signal if one ended it. A child that takes longer is killed: TimeoutError."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
