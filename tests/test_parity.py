@@ -122,7 +122,7 @@ def test_greedy_generate_gives_the_same_tokens(kind: str, backend: str, noise: s
         ids = random_ids(checkpoint, length, seed=9)
         stream = engine.stream()
         stream.feed(ids)
-        ours = generate(engine.executor, torch.from_numpy(stream.rest)[None], stream.state, 24, ())[0]
+        ours = generate(engine.executor, torch.from_numpy(stream.rest)[None], stream.memory[None], 24, ())[0]
         assert ours == reference.generate(ids, 24)
 
 
