@@ -46,6 +46,13 @@ def test_a_trial_is_the_tokens_of_its_text(noise: Noise, task: str) -> None:
         assert np.array_equal(noise.tokenizer.encode(noise.tokenizer.decode(head)), head)
 
 
+@pytest.mark.parametrize("length", [20, 60, 500, 1500])
+def test_a_short_text_holds_the_whole_fact(noise: Noise, length: int) -> None:
+    for seed in range(40):
+        trial = make_trial("detect", length, noise, np.random.default_rng(seed))
+        assert trial.fact.sentence in noise.tokenizer.decode(trial.read(0, length))
+
+
 def test_a_trial_reads_the_same_in_any_pieces(noise: Noise) -> None:
     trial = make_trial("detect", 3000, noise, np.random.default_rng(3))
     cuts = [0, 1, 112, 500, trial.gap, trial.gap + 1, trial.gap + len(trial.ids), 2999, 3000]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +32,11 @@ class Fact:
     def is_answered_by(self, answer: str) -> bool:
         """Whether a generated answer is the room and nothing else, space and a full stop apart."""
         return answer.strip().rstrip(".").lower() == self.room
+
+
+def all_facts() -> Iterator[Fact]:
+    """Every fact there is."""
+    return (Fact(*choice) for choice in itertools.product(NAMES, VERBS, ROOMS))
 
 
 def random_fact(rng: np.random.Generator) -> Fact:

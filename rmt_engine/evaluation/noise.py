@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from rmt_engine.errors import InputError
+from rmt_engine.evaluation.facts import all_facts
 from rmt_engine.tokens import PIECE_CHARS, Tokenizer
 
 HELD_OUT_BELOW = 84  # of the 256 values of a hash's first byte: about a third of the files
@@ -78,6 +80,8 @@ class Noise:
         encoded = [self._encode(piece) for piece in self.pieces]
         self.starts = np.cumsum([0, *(len(ids) for ids in encoded)])
         self.ids = np.concatenate(encoded)
+        self.longest_piece = int(np.diff(self.starts).max())
+        self.longest_fact = max(len(tokenizer.encode(f"\n{fact.sentence}")) for fact in all_facts()) + 1
 
     def _encode(self, piece: str) -> np.ndarray:
         """The ids of a piece in the middle of a text."""
@@ -86,10 +90,16 @@ class Noise:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def with_sentence(self, piece: int, sentence: str, rng: np.random.Generator) -> np.ndarray:
-        """The ids of a piece with a sentence put in at a random place of it, on a new line or in the line."""
+    def with_sentence(self, piece: int, sentence: str, rng: np.random.Generator, room: int) -> np.ndarray:
+        """The ids of a piece with a sentence put in at a random place of it, on a new line or in the line.
+
+        The sentence ends within the first `room` tokens, as far as a place for that is there.
+        """
         text = self.pieces[piece]
         places = list(self.tokenizer.cut_rule.cuts(text))
+        if room < self.starts[piece + 1] - self.starts[piece] + self.longest_fact:
+            fits = room - self.longest_fact
+            places = places[: bisect_right(places, fits, key=lambda cut: len(self._encode(text[:cut])))]
         cut = places[int(rng.integers(len(places)))] if places else 0
         glue = "\n" if rng.random() < 0.5 else " "
         return self._encode(f"{text[:cut]}{glue}{sentence}{text[cut:]}")

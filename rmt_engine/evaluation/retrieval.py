@@ -83,14 +83,16 @@ def make_trial(task: str, tokens: int, noise: Noise, rng: np.random.Generator) -
     if task == "memorize":
         length = int(noise.starts[first + 1]) - offset
         return Trial(fact, noise, offset, 0, length, noise.opened_by(first, fact.sentence))
-    room = max(tokens - 2 * int(np.diff(noise.starts).max()), 1)  # the whole fact must lie before the end
+    # The whole fact must lie before the end: in a long text any place of a piece does, well before it.
+    spare = 2 * noise.longest_piece if tokens > 4 * noise.longest_piece else noise.longest_fact
+    room = max(tokens - spare, 1)
     laps, place = divmod(offset + int(rng.integers(room)), len(noise))
     piece = int(np.searchsorted(noise.starts, place, side="right")) - 1
     start = int(noise.starts[piece]) + laps * len(noise) - offset
     if start < 0:  # the very first piece
         piece, start = first, 0
     end = start + int(noise.starts[piece + 1] - noise.starts[piece])
-    return Trial(fact, noise, offset, start, end, noise.with_sentence(piece, fact.sentence, rng))
+    return Trial(fact, noise, offset, start, end, noise.with_sentence(piece, fact.sentence, rng, tokens - start))
 
 
 def evaluate(
@@ -109,7 +111,7 @@ def evaluate(
     `slots` trials are read side by side. The facts of `memorize` stand at the start, so one pass gives all its lengths;
     `detect` takes one a length. on_step is told the tokens read by each step. Raises ValueError.
     """
-    _check(engine, tasks, lengths, trials, slots)
+    _check(engine, noise, tasks, lengths, trials, slots)
     for task in tasks:
         passes = [tuple(sorted(lengths))] if task == "memorize" else [(length,) for length in sorted(lengths)]
         for asked_at in passes:
@@ -123,13 +125,15 @@ def total_tokens(tasks: Sequence[str], lengths: Sequence[int], trials: int) -> i
     return trials * sum(max(lengths) if task == "memorize" else sum(lengths) for task in tasks)
 
 
-def _check(engine: Engine, tasks: Sequence[str], lengths: Sequence[int], trials: int, slots: int) -> None:
+def _check(engine: Engine, noise: Noise, tasks: Sequence[str], lengths: Sequence[int], trials: int, slots: int) -> None:
     if engine.config.family != "decoder":
         raise ValueError("retrieval asks for generated answers: this checkpoint is a classifier")
     if unknown := set(tasks) - set(TASKS):
         raise ValueError(f"tasks must be of {', '.join(TASKS)}; got {', '.join(sorted(unknown))}")
-    if min(trials, slots, *lengths) < 1:
-        raise ValueError("trials, slots and lengths must be at least 1")
+    if min(trials, slots) < 1:
+        raise ValueError("trials and slots must be at least 1")
+    if min(lengths) < noise.longest_fact:
+        raise ValueError(f"a fact has up to {noise.longest_fact} tokens: lengths below that hold none")
 
 
 def _cells(
