@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_inspect(commands)
     _add_eval(commands)
+    _add_doctor(commands)
     return top
 
 
@@ -171,6 +172,14 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect = commands.add_parser("inspect", help="say what a file or folder is, and how to run it", epilog=EPILOG)
     inspect.add_argument("path", metavar="PATH")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser("doctor", help="say what this machine can do, and why not the rest", epilog=EPILOG)
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N: where the memory is planned")
+    doctor.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    _add_model(doctor)
 
 
 def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from rmt_engine import checkpoint
-from rmt_engine.engine import DTYPES, Engine
+from rmt_engine import doctor as machine
+from rmt_engine.engine import DTYPES, EMBEDDED, Engine, device_of, dtype_of
 from rmt_engine.evaluation import retrieval
 from rmt_engine.evaluation.noise import Noise, noise_text
 from rmt_engine.progress import counting, finish, human, mebibytes
@@ -239,6 +240,23 @@ def _table(values: dict[str, Any]) -> str:
     wide = max(len(key) for key in values)
     shown = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in values.items()}
     return "\n".join(f"{key.replace('_', ' '):<{wide}}  {value}" for key, value in shown.items() if value is not None)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """`rmt-engine doctor`: what this machine can do, and the memory of a checkpoint on it."""
+    place = device_of(options.device)
+    report = machine.examine()
+    report["model"] = machine.examine_model(
+        EMBEDDED if options.model is None else options.model,
+        place,
+        dtype_of(options.dtype, place),
+        base=options.base,
+        segment_size=options.segment_size,
+        input_size=options.input_size,
+        alignment=options.alignment,
+    )
+    print(json.dumps(report, ensure_ascii=False) if options.json else machine.describe(report))
+    return 0
 
 
 def eval(options: argparse.Namespace) -> int:

@@ -80,8 +80,8 @@ class Engine:
         """
         if executor not in ("auto", "eager"):
             raise ValueError(f"executor must be auto or eager; got {executor!r}")
-        where = _device(device)  # a mistake here is told before gigabytes are read
-        _dtype(dtype, where)
+        where = device_of(device)  # a mistake here is told before gigabytes are read
+        dtype_of(dtype, where)
         _backend(backend, where)
         path = EMBEDDED if path_or_name is None else path_or_name
         config, weights = checkpoint.load(path, **checkpoint_arguments)
@@ -101,8 +101,8 @@ class Engine:
         backend: str = "auto",
     ) -> Engine:
         """An engine over tensors under their Hugging Face names, and `memory` [M, E]."""
-        where = _device(device)
-        precision = _dtype(dtype, where)
+        where = device_of(device)
+        precision = dtype_of(dtype, where)
         backend = _backend(backend, where)
         placed = {name: tensor.to(where, precision) for name, tensor in weights.items()}
         backbone = module_of(config.model_type).build(config.backbone, placed, backend)
@@ -306,7 +306,7 @@ def _backend(backend: str, device: torch.device) -> str:
         raise BackendError(str(error)) from error
 
 
-def _device(device: str) -> torch.device:
+def device_of(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -318,7 +318,7 @@ def _device(device: str) -> torch.device:
     return chosen
 
 
-def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+def dtype_of(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype not in DTYPES:

@@ -18,11 +18,11 @@ FLOORS = (
     {"rmt_kernels", "_C", "errors"},
     {"config", "layouts", "memory", "scoring"},
     {"backbones"},
-    {"checkpoint", "cut_rules", "records", "sources", "text_input", "tokens"},
+    {"checkpoint", "cut_rules", "memory_plan", "records", "sources", "text_input", "tokens"},
     {"engine", "executors", "sampling"},
     {"inputs", "run", "stream"},
     {"evaluation"},
-    {"__init__", "__main__", "cli", "commands", "progress"},
+    {"__init__", "__main__", "cli", "commands", "doctor", "progress"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 KNOWS_NOBODY = {"rmt_kernels", "_C", "errors"}
