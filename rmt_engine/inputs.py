@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,19 +199,23 @@ class TokenFile:
     def _raw(self, tokens: int) -> int:
         """Where in the file `tokens` tokens of content end: counted on from the place that was asked for last."""
         offset, content = self._counted if self._counted[1] <= tokens else (self.start.offset, 0)
-        file = self._mapped()
         while content < tokens:
             assert offset < self.size, "asked for a place after the end"
-            kept = np.flatnonzero(~np.isin(file[offset : offset + COUNTED_TOKENS], self.drop_ids))[: tokens - content]
+            kept = np.flatnonzero(~np.isin(self._piece(offset), self.drop_ids))[: tokens - content]
             content += len(kept)
             offset = offset + int(kept[-1]) + 1 if content == tokens else offset + COUNTED_TOKENS
         self._counted = (offset, content)
         return offset
 
-    def _mapped(self) -> np.ndarray:
-        if str(self.path).endswith(".npy"):
-            return np.load(self.path, mmap_mode="r", allow_pickle=False)
-        return np.memmap(self.path, np.dtype(self.source.dtype).newbyteorder("<"), "r")
+    def _piece(self, offset: int) -> np.ndarray:
+        dtype = np.dtype(self.source.dtype).newbyteorder("<")
+        return np.fromfile(self.path, dtype, COUNTED_TOKENS, offset=self._header + offset * dtype.itemsize)
+
+    @cached_property
+    def _header(self) -> int:
+        """Bytes before the first token. Nothing is read through the mapping: a file that shrinks would kill us."""
+        npy = str(self.path).endswith(".npy")
+        return int(np.load(self.path, mmap_mode="r", allow_pickle=False).offset) if npy else 0
 
 
 class Text:
