@@ -131,9 +131,9 @@ def run(
         stream, place = _resumed(engine, resume, allow_inexact, score)
     clock = _Clock(stream.position)
     if not (place and _is_read(place, source)):
-        if resume is not None and (place is None or place["done"]):
+        if resume is not None and (place is None or place.get("done")):
             _begin_another(stream, resume)
-        start = None if place is None or place["done"] else InputPosition.from_dict(_without_done(place))
+        start = None if place is None or place.get("done") else InputPosition.from_dict(_without_done(place))
         with open_input(engine, source, **options, start=start) as opened:  # type: ignore[arg-type]
             yield from _read(stream, opened, clock, limit, checkpoints)
     if not stream.position:
@@ -248,7 +248,7 @@ def _is_read(place: Mapping[str, Any], source: str | Path) -> bool:
     """Whether this very input was read to its end before: then the same command has nothing left to read."""
     path = Path(source)
     return bool(
-        place["done"] and path.is_file() and (place["name"], place["size"]) == (str(source), path.stat().st_size)
+        place.get("done") and path.is_file() and (place["name"], place["size"]) == (str(source), path.stat().st_size)
     )
 
 
