@@ -52,6 +52,7 @@ SAMPLES = 100
 
 def main() -> int:
     options = arguments()
+    made_by = about()  # now: the run is long, and others may commit
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / NAMES[options.kind]
         print(f"writing {options.bytes:,} bytes", file=sys.stderr)
@@ -61,7 +62,7 @@ def main() -> int:
         writer.join()
         if writer.exitcode != 0:
             return 1
-        result = watch(path, options)
+        result = {**watch(path, options), **made_by}
     print(json.dumps({key: value for key, value in result.items() if key != "samples"}, indent=1))
     if options.out:
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -176,7 +177,6 @@ def watch(path: Path, options: argparse.Namespace) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": round(samples[-1]["seconds"], 1),
         "tokens_per_second": round(tokens / samples[-1]["seconds"]),
-        **about(),
         "samples": samples,
     }
 
