@@ -187,6 +187,23 @@ def test_brackets_and_odd_bytes_in_a_name(run: Run, decoder_folder: Path, tmp_pa
         assert result.json["input"] == path
 
 
+def test_a_terminal_that_knows_only_ascii(
+    decoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text is written as well as it goes; JSON is UTF-8."""
+    path = tmp_path / "é😀.txt"
+    path.write_text(TEXT)
+    arguments = ["run", "--input", str(path), "--model", str(decoder_folder)]
+    for more in ([], ["--json"]):
+        written = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
+        assert cli.main([*arguments, *more]) == 0
+        if more:
+            assert json.loads(written.getvalue())["input"] == str(path)
+        else:
+            assert b"memory state: 4 \\xd7 32, the same at any length\n" in written.getvalue()
+
+
 # ---------------------------------------------------------------------------------------- convert, inspect
 
 

@@ -472,6 +472,10 @@ def test_a_silent_pipe_does_not_keep_a_run_that_ends(decoder: Engine, monkeypatc
                 events = decoder.run("-")
                 next(events)
                 within(10, lambda events=events: events.close() or True)
+            deadline = time.monotonic() + 2
+            while any(thread.name.startswith("rmt-") for thread in threading.enumerate()):
+                assert time.monotonic() < deadline, "a thread waits for a pipe that nobody reads any more"
+                time.sleep(0.01)
 
 
 def test_runs_side_by_side(decoder: Engine, tmp_path: Path) -> None:
