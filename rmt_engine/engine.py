@@ -81,8 +81,7 @@ class Engine:
         if executor not in ("auto", "eager"):
             raise ValueError(f"executor must be auto or eager; got {executor!r}")
         where = device_of(device)  # a mistake here is told before gigabytes are read
-        dtype_of(dtype, where)
-        _backend(backend, where)
+        _backend(backend, where, dtype_of(dtype, where))
         path = EMBEDDED if path_or_name is None else path_or_name
         config, weights = checkpoint.load(path, **checkpoint_arguments)
         folder = checkpoint.tokenizer_folder(path, checkpoint_arguments.get("base"))
@@ -103,7 +102,7 @@ class Engine:
         """An engine over tensors under their Hugging Face names, and `memory` [M, E]."""
         where = device_of(device)
         precision = dtype_of(dtype, where)
-        backend = _backend(backend, where)
+        backend = _backend(backend, where, precision)
         placed = {name: tensor.to(where, precision) for name, tensor in weights.items()}
         backbone = module_of(config.model_type).build(config.backbone, placed, backend)
         engine = cls(config, EagerExecutor(config, backbone, placed["memory"]), tokenizer, backend)
@@ -299,11 +298,19 @@ def _even(rows: list[Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
-def _backend(backend: str, device: torch.device) -> str:
+def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     try:
-        return dispatch.choose(backend, device)
+        chosen = dispatch.choose(backend, device)
     except RuntimeError as error:
         raise BackendError(str(error)) from error
+    half = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if chosen == "cpu" and dtype in half and not half[dtype]():
+        name = str(dtype).removeprefix("torch.")
+        raise BackendError(f"this CPU cannot compute in {name}; use dtype='float32', or the slow backend='ref'")
+    return chosen
 
 
 def device_of(device: str) -> torch.device:
@@ -312,7 +319,9 @@ def device_of(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}") from None
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device {device!r} was asked for, but this torch sees no CUDA device; use device='cpu'")
     return chosen

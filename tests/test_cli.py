@@ -583,6 +583,7 @@ def test_standard_input_without_text(run: Run, decoder_folder: Path, monkeypatch
 
 
 def test_a_backend_that_cannot_run(run: Run, decoder_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = ["run", "--input", text, "--model", decoder_folder, "--device", "cpu"]
     for backend in ("triton", "cuda"):
         forced = run(*arguments, "--backend", backend)

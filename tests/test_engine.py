@@ -122,6 +122,7 @@ def test_max_n_segments_of_forward(encoder: Engine, decoder: Engine) -> None:
     [
         ({"executor": "graphs"}, ValueError, r"^executor must be .*; got 'graphs'$"),
         ({"device": "tpu9"}, ValueError, r"^device must be auto, cpu, cuda or cuda:N; got 'tpu9'$"),
+        ({"device": "meta"}, ValueError, r"^device must be auto, cpu, cuda or cuda:N; got 'meta'$"),
         ({"dtype": "int8"}, ValueError, r"^dtype must be auto, float32, bfloat16, float16; got 'int8'$"),
         ({"backend": "mps"}, ValueError, r"^backend must be one of auto, ref, cpu, triton, cuda; got 'mps'$"),
         ({"backend": "cuda", "device": "cpu"}, BackendError, r"^backend 'cuda' cannot run: "),
@@ -133,6 +134,21 @@ def test_a_mistake_is_told_before_the_checkpoint_is_read(
     monkeypatch.setattr(engine_module.checkpoint, "load", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(kind, match=words):
         Engine.from_pretrained("anything", **options)
+
+
+@pytest.mark.parametrize(
+    "dtype, probe", [("bfloat16", "_is_mkldnn_bf16_supported"), ("float16", "_is_mkldnn_fp16_supported")]
+)
+def test_a_cpu_without_half_precision_says_so(
+    dtype: str, probe: str, tiny_gpt2: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, probe, lambda: False)
+    config, weights = tiny_gpt2.rmt_config(SEGMENT), tiny_gpt2.weights()
+    words = rf"^this CPU cannot compute in {dtype}; use dtype='float32', or the slow backend='ref'$"
+    with pytest.raises(BackendError, match=words):
+        Engine.from_weights(config, weights, device="cpu", dtype=dtype, backend="cpu")
+    engine = Engine.from_weights(config, weights, device="cpu", dtype=dtype, backend="ref")
+    assert engine.forward(ids(5)).memory_state.dtype == getattr(torch, dtype)
 
 
 def test_from_pretrained_is_from_weights(decoder: Engine, decoder_folder: Path) -> None:

@@ -617,6 +617,7 @@ def test_rmt_backend_stands_in_for_auto_alone(monkeypatch: pytest.MonkeyPatch) -
 def test_a_backend_that_cannot_run_stops_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = tiny_decoder("gpt2", layers=1)
     config, weights = checkpoint.rmt_config(8), checkpoint.weights()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("RMT_BACKEND", "triton")
     with pytest.raises(BackendError, match=r"^backend 'triton' cannot run: "):
         Engine.from_weights(config, weights, device="cpu")
