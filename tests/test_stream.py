@@ -554,6 +554,31 @@ def test_wrong_ids_leave_the_stream_as_it_was(wrong: Any, words: str) -> None:
     assert picture(stream) == picture(fed(engine, random_ids(SEGMENT + 3), "the milk is in the garden"))
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), RuntimeError("out of memory")])
+def test_a_feed_that_is_interrupted_leaves_the_stream_as_it_was(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of()
+    stream = fed(engine, random_ids(SEGMENT + 3), "the milk is in the gar")
+    before = picture(stream)
+    real, calls = engine.executor.fold, iter(range(100))
+
+    def fold(ids: Tensor, memory: Tensor) -> Tensor:
+        if next(calls) == 2:
+            raise error
+        return real(ids, memory)
+
+    for piece in ("den. " * 60, random_ids(7 * SEGMENT)):
+        calls = iter(range(100))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.executor, "fold", fold)
+            with pytest.raises(type(error)):
+                stream.feed(piece)
+        assert picture(stream) == before
+    stream.feed("den")
+    assert picture(stream) == picture(fed(engine, random_ids(SEGMENT + 3), "the milk is in the garden"))
+
+
 def test_a_lone_surrogate_leaves_the_stream_as_it_was() -> None:
     engine = engine_of()
     stream = fed(engine, "the milk is in the gar")
