@@ -568,7 +568,7 @@ def test_a_feed_that_is_interrupted_leaves_the_stream_as_it_was(
             raise error
         return real(ids, memory)
 
-    for piece in ("den. " * 60, random_ids(7 * SEGMENT)):
+    for piece in ("den and " * 60, random_ids(7 * SEGMENT)):
         calls = iter(range(100))
         with monkeypatch.context() as patch:
             patch.setattr(engine.executor, "fold", fold)
