@@ -8,7 +8,6 @@ kernel, launch, architecture, Triton) is not compiled again: the table is its ow
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,12 +82,9 @@ def known() -> dict[str, Compiled]:
     """What the table already says, by key."""
     if not TABLE.exists():
         return {}
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in TABLE.read_text().splitlines() if "`" in line]
-    return {
-        row[0].strip("`"): Compiled(*map(int, row[5 : 5 + len(COLUMNS)]))
-        for row in rows
-        if re.match(r"`\w{16}`$", row[0])
-    }
+    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| `")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {row[0].strip("`"): Compiled(*map(int, row[5 : 5 + len(COLUMNS)])) for row in rows}
 
 
 def main() -> int:

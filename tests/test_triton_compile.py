@@ -5,10 +5,12 @@ One configuration of each kernel; `make kernels-report` compiles every launch of
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,6 +140,13 @@ def test_a_launch_is_known_by_its_source_and_its_constants() -> None:
     assert first.key("sm_90") == launches(attention, "sm_90")[0].key("sm_90")
     assert len({first.key("sm_90"), first.key("sm_80"), second.key("sm_90")}) == 3
     assert "p_q" in first.divisible and "start" in first.divisible
+
+
+def test_the_committed_report_has_no_breach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "kernels"))
+    known = importlib.import_module("report").known()
+    assert len(known) > 400
+    assert [key for key, row in known.items() if row.spills or row.stack or row.shared > 227 * 1024] == []
 
 
 @pytest.mark.parametrize("arch", ARCHS)
