@@ -27,7 +27,7 @@ def length_figure(result: Path, target: Path) -> None:
     left.set_yscale("log")
     right.plot(tokens, [row["rss_anon_late"] / 2**20 for row in data["rows"]], "o-", color=ORANGE)
     right.set_ylabel("memory of the process, MiB")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.25 * max(row["rss_anon_late"] for row in data["rows"]) / 2**20)
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_xlabel("tokens read")
