@@ -174,7 +174,7 @@ def watch(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     bound = options.bound or (TOKENS_BOUND if options.kind == "tokens" else TEXT_BOUND)
     return {
         "what": f"RssAnon + VmSwap while reading {options.kind}, a file of {path.stat().st_size:,} bytes",
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *sys.argv]).partition(" --out")[0],
         "passed": growth <= bound,
         "growth_bytes": growth,
         "bound_bytes": bound,
