@@ -17,20 +17,16 @@ import importlib
 import itertools
 import json
 import multiprocessing
-import os
-import platform
 import random
-import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
+from common import about, count
 
 from rmt_engine.engine import Engine
 from rmt_engine.evaluation.noise import python_sources
@@ -72,22 +68,17 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bytes", type=size, default=size("100M"), metavar="N", help="100M, 1G (default: 100M)")
+    parser.add_argument("--bytes", type=count, default=count("100M"), metavar="N", help="100M, 1G (default: 100M)")
     parser.add_argument("--kind", choices=tuple(NAMES), default="text")
     parser.add_argument("--engine", action="store_true", help="fold every segment with the model")
     parser.add_argument("--model", metavar="DIR", help="checkpoint (default: the embedded one)")
     parser.add_argument(
-        "--bound", type=size, metavar="N", help="growth that is allowed (default: 8 MiB; tokens: 1 MiB)"
+        "--bound", type=count, metavar="N", help="growth that is allowed (default: 8 MiB; tokens: 1 MiB)"
     )
-    parser.add_argument("--warm-up", type=int, default=WARM_UP, metavar="N", help=f"tokens (default: {WARM_UP:,})")
+    parser.add_argument("--warm-up", type=count, default=WARM_UP, metavar="N", help=f"tokens (default: {WARM_UP:,})")
     parser.add_argument("--folder", metavar="DIR", help="where the input is written, for as long as it is read")
     parser.add_argument("--out", metavar="FILE", help="write the result here, every sample of it, as JSON")
     return parser.parse_args()
-
-
-def size(text: str) -> int:
-    scale = {"k": 10**3, "M": 10**6, "G": 10**9}.get(text[-1:], 1)
-    return int(text if scale == 1 else text[:-1]) * scale
 
 
 # ------------------------------------------------------------------------------------------------- the input
@@ -174,7 +165,6 @@ def watch(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     bound = options.bound or (TOKENS_BOUND if options.kind == "tokens" else TEXT_BOUND)
     return {
         "what": f"RssAnon + VmSwap while reading {options.kind}, a file of {path.stat().st_size:,} bytes",
-        "command": " ".join(["python", *sys.argv]).partition(" --out")[0],
         "passed": growth <= bound,
         "growth_bytes": growth,
         "bound_bytes": bound,
@@ -212,18 +202,6 @@ def sample(tokens: int, seconds: float) -> dict[str, Any]:
         kib = dict(line.split()[:2] for line in status if line.startswith(("RssAnon", "VmSwap")))
     anonymous, swapped = (int(kib.get(key, 0)) << 10 for key in ("RssAnon:", "VmSwap:"))
     return {"tokens": tokens, "seconds": round(seconds, 2), "bytes": anonymous + swapped, "swapped": swapped}
-
-
-def about() -> dict[str, Any]:
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    libc = " ".join(platform.libc_ver())
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "machine": f"{cpu.group(1) if cpu else platform.machine()}, {os.cpu_count()} cores, {libc}",
-        "versions": {name: version(name) for name in ("rmt-engine", "tokenizers", "numpy", "torch")}
-        | {"python": platform.python_version()},
-        "commit": commit.stdout.strip(),
-    }
 
 
 if __name__ == "__main__":

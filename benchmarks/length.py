@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from collections import deque
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import about
 
 from rmt_engine import Engine, Summary
 from rmt_engine.cli import counts
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def one(path: Path, threads: int, dtype: str) -> dict[str, float | int | None]:
@@ -57,22 +54,6 @@ def check(path: Path, dtype: str) -> None:
         raise SystemExit("the streamed memory state differs from that of forward: nothing is timed")
 
 
-def about(arguments: argparse.Namespace) -> dict[str, object]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return {
-        "command": "python benchmarks/length.py " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "cpu": cpu or platform.processor(),
-        "threads": arguments.threads,
-        "dtype": arguments.dtype,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "rmt_engine": version("rmt-engine"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=counts, default=[10_000, 100_000, 1_000_000])
@@ -85,6 +66,7 @@ def main() -> None:
         print(json.dumps(one(arguments.one, arguments.threads, arguments.dtype)))
         return
     torch.set_num_threads(arguments.threads)
+    made_by = {**about(), "threads": arguments.threads, "dtype": arguments.dtype}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ids.npy"
@@ -98,7 +80,7 @@ def main() -> None:
             rows.append(json.loads(output.stdout))
             print(rows[-1], flush=True)
     if arguments.output:
-        text = json.dumps({**about(arguments), "rows": rows}, indent=1) + "\n"
+        text = json.dumps({**made_by, "rows": rows}, indent=1) + "\n"
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(text, encoding="utf-8")
 

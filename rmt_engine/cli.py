@@ -202,8 +202,8 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _count(text: str) -> int:
-    """A whole number above zero; 16k is 16,000 and 2M is 2,000,000."""
-    scale = {"k": 1000, "M": 1_000_000}.get(text[-1:], 1)
+    """A whole number above zero; 16k is 16,000, 2M is 2,000,000 and 1G is 1,000,000,000."""
+    scale = {"k": 10**3, "M": 10**6, "G": 10**9}.get(text[-1:], 1)
     try:
         number = int(text if scale == 1 else text[:-1]) * scale
     except ValueError:
