@@ -301,7 +301,7 @@ def test_scored_tokens_can_be_asked_about(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 55])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=needs_bf16)])
 def test_a_resumed_stream_has_the_scores_of_one_that_never_stopped(tmp_path: Path, dtype: str, place: int) -> None:
     checkpoint = tiny("gpt2")
     engine = Engine.from_weights(checkpoint.rmt_config(SEGMENT), checkpoint.weights(), device="cpu", dtype=dtype)

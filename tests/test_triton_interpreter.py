@@ -20,7 +20,8 @@ FILE = Path(__file__).parent / "triton_ops.py"
 def test_every_kernel_interpreted() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(FILE)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        # numpy's AVX2 products give a row other bits at another place of the same tile, those for Nehalem do not
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "Nehalem"},
         cwd=FILE.parent.parent,
         capture_output=True,
         text=True,
