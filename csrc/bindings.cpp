@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "dlpack_view.hpp"
+#include "graph_runner.hpp"
+#include "host_driver.hpp"
 #include "segment_stream.hpp"
 #include "token_source.hpp"
 
@@ -66,9 +68,9 @@ Poll signal_poll() {
 }
 
 // A file name need not be UTF-8, so the message is decoded the way Python decodes file names.
-void set_input_error(const char* message) {
+void set_error(const char* type_name, const char* message) {
   const auto text = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(message));
-  const py::object type = py::module_::import("rmt_engine.errors").attr("InputError");
+  const py::object type = py::module_::import("rmt_engine.errors").attr(type_name);
   PyErr_SetObject(type.ptr(), text.ptr());
 }
 
@@ -78,7 +80,13 @@ void register_errors(py::module_& m) {
     try {
       if (error) std::rethrow_exception(error);
     } catch (const InputError& e) {
-      set_input_error(e.what());
+      set_error("InputError", e.what());
+    } catch (const cuda::DriverMissing& e) {
+      set_error("BackendError", e.what());
+    } catch (const cuda::CudaOutOfMemory& e) {
+      set_error("DeviceOutOfMemory", e.what());
+    } catch (const cuda::CudaError& e) {
+      set_error("DeviceError", e.what());
     }
   });
   const py::object base = py::module_::import("rmt_engine.errors").attr("RMTError");
@@ -256,13 +264,94 @@ void bind_stream(py::module_& m) {
       .def("__exit__", [](SegmentStream& stream, const py::args&) { stop(stream); });
 }
 
+using RunnerHolder = std::unique_ptr<GraphRunner, LeftInChild>;
+
+const cuda::DriverTable& driver_of(const std::string& name) {
+  if (name == "cuda") return cuda::driver();
+  if (name == "host") return cuda::host_driver();
+  throw ArgumentError("driver: expected 'cuda' or 'host', came '" + name + "'");
+}
+
+RunnerHolder make_runner(const std::string& driver, const std::vector<std::pair<size_t, py::ssize_t>>& graphs,
+                         py::ssize_t segment_size, py::ssize_t piece_segments, size_t ids, size_t lengths,
+                         size_t counter, size_t finite, const std::vector<std::pair<size_t, py::ssize_t>>& outputs,
+                         size_t stream, const py::object&) {
+  GraphRunnerOptions options;
+  for (const auto& [exec, segments] : graphs) {
+    options.graphs.push_back({reinterpret_cast<cuda::GraphExec>(exec), positive(segments, "segments of a graph")});
+  }
+  for (const auto& [device, bytes] : outputs)
+    options.outputs.push_back({device, positive(bytes, "bytes of an output")});
+  options.segment_size = positive(segment_size, "segment_size");
+  options.piece_segments = positive(piece_segments, "piece_segments");
+  options.ids = ids, options.lengths = lengths, options.counter = counter, options.finite = finite;
+  options.compute = reinterpret_cast<cuda::Stream>(stream);
+  return RunnerHolder(new GraphRunner(driver_of(driver), std::move(options)));
+}
+
+bool advance(GraphRunner& runner, SegmentStream& stream, py::ssize_t limit) {
+  const Poll poll = signal_poll();
+  const size_t segments = positive(limit, "limit");
+  const GilReleased released;
+  return runner.advance(stream, segments, poll);
+}
+
+template <class T>
+py::array_t<T> array_of(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+template <class T>
+py::list arrays_of(const std::vector<std::vector<T>>& all) {
+  py::list arrays;
+  for (const auto& values : all) arrays.append(array_of(values));
+  return arrays;
+}
+
+cuda::HostGraph* make_host_graph(const py::function& run) {
+  // Called from a launch, which holds no GIL; the last reference goes with the graph, from Python.
+  return new cuda::HostGraph{[callable = run.ptr()] {
+    const py::gil_scoped_acquire gil;
+    py::reinterpret_borrow<py::function>(callable)();
+  }};
+}
+
+py::dict runner_stats(const GraphRunner& runner) {
+  const GraphRunnerStats& now = runner.stats();
+  return py::dict("pieces"_a = now.pieces, "launches"_a = now.launches, "wait_seconds"_a = now.wait_seconds);
+}
+
+void bind_graph_runner(py::module_& m) {
+  m.def("load_cuda_driver", [] { cuda::driver(); }, "Raises BackendError where there is no driver that can be used.");
+  py::class_<cuda::HostGraph>(m, "HostGraph", "A function in the place of a captured graph, for driver='host'.")
+      .def(py::init(&make_host_graph), "run"_a, py::keep_alive<1, 2>())
+      .def_property_readonly("handle", [](cuda::HostGraph& graph) { return reinterpret_cast<size_t>(&graph); });
+  py::class_<GraphRunner, RunnerHolder>(m, "GraphRunner", "Streams segments through captured graphs.")
+      .def(py::init(&make_runner), "driver"_a, "graphs"_a, py::kw_only(), "segment_size"_a, "piece_segments"_a, "ids"_a,
+           "lengths"_a, "counter"_a, "finite"_a, "outputs"_a = py::tuple(), "stream"_a = 0, "keep"_a = py::none(),
+           py::keep_alive<1, 12>())
+      .def("begin", &GraphRunner::begin, "rest"_a, "first"_a, "size"_a)
+      .def("advance", &advance, "stream"_a, "limit"_a)
+      .def("finish", &GraphRunner::finish, py::call_guard<GilReleased>())
+      .def_property_readonly("segments", &GraphRunner::segments, "Segments queued.")
+      .def_property_readonly("tokens", &GraphRunner::tokens, "Tokens queued.")
+      .def_property_readonly("folded", &GraphRunner::folded, "Segments known to be folded.")
+      .def_property_readonly("finite", &GraphRunner::finite)
+      .def_property_readonly("held", [](const GraphRunner& runner) { return array_of(runner.held()); })
+      .def("unfolded", [](const GraphRunner& runner) { return arrays_of(runner.unfolded()); })
+      .def("take_outputs", [](GraphRunner& runner) { return arrays_of(runner.take_outputs()); })
+      .def("stats", &runner_stats, "pieces, launches, wait_seconds");
+}
+
 }  // namespace
 }  // namespace rmt
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Token files and pushed tokens, cut into segments ahead of the compute.";
+  m.doc() =
+      "Token files and pushed tokens, cut into segments ahead of the compute, and captured graphs that fold them.";
   rmt::remember_main_thread();
   rmt::register_errors(m);
   rmt::bind_sources(m);
   rmt::bind_stream(m);
+  rmt::bind_graph_runner(m);
 }

@@ -1,6 +1,6 @@
-"""Token files and pushed tokens, cut into segments ahead of the compute."""
+"""Token files and pushed tokens, cut into segments ahead of the compute, and captured graphs that fold them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Any, TypedDict
@@ -127,3 +127,89 @@ class SegmentStream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+def load_cuda_driver() -> None:
+    """Opens the CUDA driver. Raises BackendError where there is none, or one that lacks what the runner calls."""
+
+class HostGraph:
+    """A function in the place of a captured graph, for `driver="host"`; what it raises comes out of `advance`."""
+
+    def __init__(self, run: Callable[[], object]) -> None: ...
+    @property
+    def handle(self) -> int: ...
+
+class GraphRunnerStats(TypedDict):
+    pieces: int
+    launches: int
+    wait_seconds: float
+
+class GraphRunner:
+    """Streams segments through captured graphs: ids go up in pieces, results come down, nothing waits per segment.
+
+    A graph folds its number of segments from the place `counter` of the ring on, moves the counter, and writes
+    `finite`. See csrc/graph_runner.hpp. One thread at a time.
+    """
+
+    def __init__(
+        self,
+        driver: str,
+        graphs: Sequence[tuple[int, int]],
+        *,
+        segment_size: int,
+        piece_segments: int,
+        ids: int,
+        lengths: int,
+        counter: int,
+        finite: int,
+        outputs: Sequence[tuple[int, int]] = (),
+        stream: int = 0,
+        keep: object = None,
+    ) -> None:
+        """driver: "cuda", or "host" for `HostGraph`s over host memory.
+
+        graphs: (handle of the instantiated graph, segments it folds), one of them for 1. The ring has places =
+        2 * piece_segments. Addresses on the device: ids int64 [places, segment_size], lengths int64 [places], counter
+        int64, finite int32 [places], outputs (address of [places, bytes], bytes). stream: the CUDA stream that
+        computes. keep: lives as long as the runner does: whoever owns that memory and the graphs.
+        Raises ValueError, BackendError without a driver, DeviceError.
+        """
+
+    def begin(self, rest: Sequence[int], first: int, size: int) -> None:
+        """Before the first `advance`: ids read and not folded; tokens of the segment they begin, and of the others."""
+
+    def advance(self, stream: SegmentStream, limit: int) -> bool:
+        """Takes segments and queues those that are whole, at most `limit` and a piece; False at the end of the stream,
+        and once a memory was not finite.
+
+        Whatever ends it, what was taken is queued or held. Raises what `stream.next` and a HostGraph raise, and
+        DeviceError; after one of the device or a graph the runner is of no more use.
+        """
+
+    def finish(self) -> None:
+        """Waits for all that is queued. Raises DeviceError."""
+
+    @property
+    def segments(self) -> int:
+        """Queued since the beginning."""
+
+    @property
+    def tokens(self) -> int:
+        """Queued since the beginning."""
+
+    @property
+    def folded(self) -> int:
+        """Segments known to be folded into a finite memory."""
+
+    @property
+    def finite(self) -> bool: ...
+    @property
+    def held(self) -> NDArray[np.int64]:
+        """The segment taken last, not queued: it may still grow."""
+
+    def unfolded(self) -> list[NDArray[np.int64]]:
+        """After a memory that was not finite: the segments queued since the launch that made it so."""
+
+    def take_outputs(self) -> list[NDArray[np.uint8]]:
+        """What has come down since the last call, one array of [segments * bytes] for each output."""
+
+    def stats(self) -> GraphRunnerStats: ...

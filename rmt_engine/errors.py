@@ -22,6 +22,16 @@ class BackendError(RMTError):
     """A backend or executor that was asked for cannot run on this machine."""
 
 
+class DeviceError(RMTError):
+    """A call of the GPU's driver failed; the message names it."""
+
+
+class DeviceOutOfMemory(DeviceError, MemoryError):
+    """The GPU has no memory left."""
+
+    exit_code = 4
+
+
 class NumericalError(RMTError):
     """The memory state is no longer finite."""
 
