@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rmt_engine.config import RMTConfig
+    from rmt_engine.documents import Document
     from rmt_engine.engine import Engine, ForwardOutput, SegmentOutput
     from rmt_engine.errors import (
         BackendError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     )
     from rmt_engine.run import Checkpoints, Progress, Summary
     from rmt_engine.scoring import SegmentScores, Total
+    from rmt_engine.slots import DocumentResult
     from rmt_engine.stream import Stream
 
 _HOME = {
@@ -32,6 +34,8 @@ _HOME = {
     "SegmentOutput": "engine",
     "RMTConfig": "config",
     "Stream": "stream",
+    "Document": "documents",
+    "DocumentResult": "slots",
     "Checkpoints": "run",
     "Progress": "run",
     "Summary": "run",
@@ -53,6 +57,8 @@ __all__ = [  # noqa: RUF022 - the order of use
     "ForwardOutput",
     "SegmentOutput",
     "Checkpoints",
+    "Document",
+    "DocumentResult",
     "Progress",
     "Summary",
     "SegmentScores",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,10 @@ from rmt_engine.memory import Origin, fingerprint
 from rmt_engine.tokens import Tokenizer
 
 if TYPE_CHECKING:
+    from rmt_engine.documents import AnyDocument
     from rmt_engine.run import Event
     from rmt_engine.scoring import SegmentScores
+    from rmt_engine.slots import DocumentResult
     from rmt_engine.stream import Stream
 
 Output = Literal["last", "all", "none"]
@@ -270,6 +272,18 @@ class Engine:
         from rmt_engine.run import run
 
         return run(self, source, **options)
+
+    def run_many(self, documents: Iterable[AnyDocument], **options: Any) -> Generator[DocumentResult, None, None]:
+        """Reads many documents side by side; yields a result for each. See `rmt_engine.slots.run_many`."""
+        from rmt_engine.slots import run_many
+
+        return run_many(self, documents, **options)
+
+    def encode(self, documents: Iterable[AnyDocument], **options: Any) -> Tensor:
+        """The memory states of many documents, [N, M, E] or pooled. See `rmt_engine.slots.encode`."""
+        from rmt_engine.slots import encode
+
+        return encode(self, documents, **options)
 
     def score(self, source: Any, **options: Any) -> Iterator[SegmentScores]:
         """Log-probabilities of every token of a file or of ids, segment by segment. See `rmt_engine.run.score`."""

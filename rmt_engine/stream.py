@@ -177,7 +177,7 @@ class Stream:
             raise ValueError(f"split must be fold or reference; got {split!r}")
         if split == "reference" and self.place.length is not None:
             raise ValueError('split="reference" needs a stream that is aligned left: the question moves every border')
-        question = self._content(question)
+        question = self.content(question)
         if len(self.rest) + len(question) == 0:
             raise ValueError("nothing was read and nothing was asked: feed a text first")
         if len(self.rest) + len(question) <= size:
@@ -198,9 +198,7 @@ class Stream:
 
     def _feed_bytes(self, data: bytes) -> None:
         decoder = Utf8Decoder(held=self.place.held_bytes, offset=self.place.bytes_read)
-        before = self.place
         self._feed_text(decoder.feed(data))
-        assert self.place is not before
         self.place = replace(self.place, held_bytes=decoder.held, bytes_read=decoder.offset)
 
     def _flush_bytes(self) -> None:
@@ -217,7 +215,7 @@ class Stream:
             ids = self.engine.tokenizer.incremental(place.held_text, place.continued).flush()
             self._read(ids, held_text="", continued=False)
 
-    def _content(self, ids: np.ndarray) -> np.ndarray:
+    def content(self, ids: np.ndarray) -> np.ndarray:
         """Ids of the vocabulary, int64, without those that the checkpoint drops."""
         wrong = np.flatnonzero((ids < 0) | (ids >= self.engine.vocab_size))
         if len(wrong):
@@ -229,7 +227,7 @@ class Stream:
 
     def _read(self, ids: np.ndarray, **text: Any) -> None:
         """Reads ids, and sets what the tokenizer holds back after them."""
-        ids = self._content(ids)
+        ids = self.content(ids)
         length, position = self.place.length, self.position + len(ids)
         if length is not None and position > length:
             raise ValueError(f"the stream was made for {length} tokens of content; {position} have come")
@@ -267,23 +265,31 @@ class Stream:
             raise
 
     def _folded(self, place: MemoryState, ids: np.ndarray) -> MemoryState:
-        executor, tensor, scores = self.engine.executor, self._tensor(ids), place.scores
-        if scores is None:
-            memory = executor.fold(tensor, place.memory)
-        else:
-            memory, log_probabilities, row = executor.fold_with_scores(tensor, place.memory, scores.row)
-            scores = scores.add(log_probabilities[0].cpu().numpy(), row)
-        if not bool(memory.isfinite().all()):
-            raise NumericalError(
-                f"the memory state is not finite after segment {place.segments} (tokens {place.folded} to "
-                f"{place.folded + len(ids) - 1}); the stream stands before it. Half-precision overflows where "
-                "float32 does not: try --dtype float32"
-            )
-        segments, folded = place.segments + 1, place.folded + len(ids)
-        return replace(place, memory=memory, segments=segments, folded=folded, scores=scores)
+        executor, tensor = self.engine.executor, self._tensor(ids)
+        if place.scores is None:
+            return after_segment(place, len(ids), executor.fold(tensor, place.memory))
+        return after_segment(place, len(ids), *executor.fold_with_scores(tensor, place.memory, place.scores.row))
 
     def _tensor(self, ids: np.ndarray) -> Tensor:
         return torch.from_numpy(ids).to(self.engine.device)[None]
+
+
+def after_segment(
+    place: MemoryState, tokens: int, memory: Tensor, log_probabilities: Tensor | None = None, row: Tensor | None = None
+) -> MemoryState:
+    """The place after a segment of `tokens` tokens, from what the executor gave for it: the new memory [1, M, E]; in a
+    stream that is scored also its log-probabilities [1, L] and last row [1, E]. Raises NumericalError."""
+    if not bool(memory.isfinite().all()):
+        raise NumericalError(
+            f"the memory state is not finite after segment {place.segments} (tokens {place.folded} to "
+            f"{place.folded + tokens - 1}); the stream stands before it. Half-precision overflows where "
+            "float32 does not: try --dtype float32"
+        )
+    scores = place.scores
+    if scores is not None:
+        assert log_probabilities is not None and row is not None
+        scores = scores.add(log_probabilities[0].cpu().numpy(), row)
+    return replace(place, memory=memory, segments=place.segments + 1, folded=place.folded + tokens, scores=scores)
 
 
 def as_ids(ids: Ids) -> np.ndarray:

@@ -20,14 +20,14 @@ FLOORS = (
     {"backbones"},
     {"checkpoint", "cut_rules", "memory_plan", "records", "sources", "text_input", "tokens"},
     {"engine", "executors", "sampling"},
-    {"inputs", "run", "stream"},
+    {"documents", "inputs", "run", "slots", "stream"},
     {"evaluation"},
     {"__init__", "__main__", "cli", "commands", "doctor", "progress"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 KNOWS_NOBODY = {"rmt_kernels", "_C", "errors"}
 # Upward, inside a function or for a type checker alone: the methods of Engine that open what stands on it.
-LAZY = {("engine", "run"), ("engine", "stream")}
+LAZY = {("engine", name) for name in ("documents", "run", "slots", "stream")}
 
 
 def imports(node: ast.AST, package: str, lazy: bool = False) -> Iterator[tuple[str, bool]]:
