@@ -1,11 +1,12 @@
 """What the engine is compared with, on Hugging Face modules; `build` makes one by its name.
 
-hf: `AuthorsLoop` does what the authors' `forward` does (MemoryCell in a RecurrentWrapper): every segment's embeddings are
-concatenated with the memory on both sides, the model is called with `output_hidden_states=True`, the logits of all rows
-are computed, and the outputs of all segments are kept and concatenated at the end. fair: `LeanLoop` is the same model
-without that waste: no logits but those asked for, no hidden states kept, no KV cache. compile: the lean loop over a body
-under `torch.compile`, with CUDA graphs on a GPU. full-attention: `FullAttention` has no memory tokens, but a KV cache
-over the whole text. An encoder has `EncoderLoop` for the first three.
+hf: `AuthorsLoop` does what the authors' `forward` does (MemoryCell in a RecurrentWrapper): every segment's embeddings
+are concatenated with the memory on both sides, the model is called with `output_hidden_states=True`, the logits of all
+rows are computed, and the outputs of all segments are kept and concatenated at the end.
+fair: `LeanLoop` is the same model without that waste: no logits but those asked for, no hidden states, no KV cache.
+compile: the lean loop over a body under `torch.compile`, with CUDA graphs on a GPU.
+full-attention: `FullAttention` has no memory tokens, but a KV cache over the whole text.
+An encoder has `EncoderLoop` for the first three.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ class EncoderLoop:
 
     @torch.inference_mode()
     def segment(self, ids: Tensor, memory: Tensor) -> tuple[Any, Tensor]:
-        """One cell: ids [B, L], memory [B, M, E] -> the model's outputs, or hidden states alone; the new memory state."""
+        """One cell: ids [B, L], memory [B, M, E] -> the model's outputs (lean: hidden states), the new memory state."""
         count = memory.shape[1]
         before, after = (part.expand(len(ids), -1) for part in (self.frame, self.frame[-1:]))
         embeds = self.model.get_input_embeddings()(torch.cat([before, ids, after], dim=1))
