@@ -18,6 +18,21 @@ ALIGNMENTS = ("left", "right", "center")
 FAMILIES = ("decoder", "encoder_classifier")
 
 
+def _row_limits(backbone: Mapping[str, Any]) -> dict[str, int]:
+    """What bounds the rows of one segment, by the entry of the backbone's config that says so."""
+    limits: dict[str, int] = {}
+    model_type = backbone.get("model_type")
+    key = "n_positions" if "n_positions" in backbone else "max_position_embeddings"
+    if backbone.get(key) is not None:
+        limits[key] = int(backbone[key])
+    if model_type == "roberta" and key in limits:  # row 0 has the position behind the padding id
+        limits = {f"{key}-pad_token_id-1": limits[key] - int(backbone["pad_token_id"]) - 1}
+    window, layers = backbone.get("sliding_window"), backbone.get("layer_types")
+    if window is not None and (layers is None or model_type == "mistral" or "sliding_attention" in layers):
+        limits["sliding_window"] = int(window)  # up to it, every row sees all rows before it
+    return limits
+
+
 @dataclass(frozen=True)
 class RMTConfig:
     """One checkpoint's shape and reading rules.
@@ -76,8 +91,9 @@ class RMTConfig:
             raise ValueError(f"id2label must map class numbers to names; got {names!r}")
 
     def _check_positions(self) -> None:
-        limit, name = self.max_positions, self._positions_key
-        if limit is None or self.segment_size + self.overhead <= limit:
+        limits = _row_limits(self.backbone)
+        name = min(limits, key=lambda key: limits[key], default=None)
+        if name is None or self.segment_size + self.overhead <= limits[name]:
             return
         around = (
             f"2×{self.num_mem_tokens} memory tokens"
@@ -85,8 +101,8 @@ class RMTConfig:
             else f"{self.num_mem_tokens} memory tokens and 3 special tokens"
         )
         raise ValueError(
-            f"segment_size={self.segment_size} does not fit {name}={limit} with {around}; "
-            f"use at most {limit - self.overhead}"
+            f"segment_size={self.segment_size} does not fit {name}={limits[name]} with {around}; "
+            f"use at most {limits[name] - self.overhead}"
         )
 
     @property
@@ -99,14 +115,9 @@ class RMTConfig:
         return 2 * self.num_mem_tokens if self.family == "decoder" else self.num_mem_tokens + 3
 
     @property
-    def _positions_key(self) -> str:
-        return "n_positions" if "n_positions" in self.backbone else "max_position_embeddings"
-
-    @property
     def max_positions(self) -> int | None:
         """Rows the backbone can hold in one segment."""
-        limit = self.backbone.get(self._positions_key)
-        return None if limit is None else int(limit)
+        return min(_row_limits(self.backbone).values(), default=None)
 
     @property
     def labels(self) -> list[str]:
@@ -142,7 +153,7 @@ class RMTConfig:
             for key in ("drop_ids", "stop_ids"):
                 rmt[key] = tuple(rmt.get(key) or ())
             return cls(backbone=backbone, **rmt)
-        except (TypeError, ValueError, ArithmeticError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(f"config.json, section rmt: {error}") from error
 
     @classmethod

@@ -33,6 +33,7 @@ from checkpoints_for_tests import (
     save_trainer_dict,
     tiny_decoder,
     tiny_encoder,
+    with_lora,
 )
 from torch import Tensor
 
@@ -272,6 +273,109 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
         assert load(tmp_path / "out")[0].segment_size == S
 
 
+# LoRA
+
+LORA = [
+    ("gpt2", r".*\.attn\.c_\w+", "", False),  # Conv1D, one of them square
+    ("gpt2-untied", r".*\.c_attn", "lm_head", True),
+    ("llama", r".*\.[qv]_proj", "", False),
+    ("llama-tied", r".*\.(q|down)_proj", "", True),
+    ("bert", r".*\.(query|value)", "classifier", False),
+]
+
+
+def settings(folder: Path, **more: Any) -> None:
+    adapter = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "use_dora": False, "fan_in_fan_out": False, **more}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+
+
+def near(ours: State, truth: State) -> None:
+    assert sorted(ours) == sorted(truth)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, truth[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "layers", "saved", "old"), LORA)
+def test_lora_pairs_are_merged(name: str, layers: str, saved: str, old: bool, tmp_path: Path) -> None:
+    checkpoint = tiny(name)
+    state, truth = with_lora(checkpoint, layers, saved=saved, old=old)
+    pairs = sum("lora_A" in key for key in state)
+    assert pairs >= 2 and any("modules_to_save" in key for key in state) == bool(saved)
+    path, base = save_accelerate_bin(tmp_path / "model_best", state), base_of(checkpoint, tmp_path)
+    settings(path)
+    near(load(path, base=base, segment_size=S)[1], truth)
+    assert inspect(path)["lora_pairs"] == pairs and "convert" in inspect(path)
+    near(load(convert(path, tmp_path / "out", base, segment_size=S).folder)[1], truth)
+
+
+def test_the_scale_of_lora(tmp_path: Path) -> None:
+    checkpoint = tiny("llama")
+    base = base_of(checkpoint, tmp_path)
+    for rank, alpha, root, scale in ((4, 6, False, 1.5), (4, 6, True, 3.0), (2, 0.5, False, 0.25), (1, 0, False, 0.0)):
+        state, truth = with_lora(checkpoint, r".*\.q_proj", rank=rank, scale=scale)
+        path = save_flat(tmp_path / "w.pth", state)
+        settings(tmp_path, lora_alpha=alpha, use_rslora=root, r=99)  # each pair's own rank counts
+        near(load(path, base=base, segment_size=S)[1], truth)
+
+
+def test_lora_of_an_embedding(tmp_path: Path) -> None:
+    checkpoint = tiny("llama")
+    state, truth = checkpoint.state_dict(), checkpoint.weights()
+    words = "memory_cell.model.base_model.model.model.embed_tokens"
+    a, b = torch.randn(3, DECODER_VOCAB), torch.randn(32, 3)
+    state = {name.replace("memory_cell.model.", "memory_cell.model.base_model.model."): t for name, t in state.items()}
+    state[f"{words}.base_layer.weight"] = state.pop(f"{words}.weight")
+    state |= {f"{words}.lora_embedding_A.default": a, f"{words}.lora_embedding_B.default": b}
+    truth["model.embed_tokens.weight"] = truth["model.embed_tokens.weight"] + 2 * (b @ a).T
+    settings(tmp_path)
+    near(load(save_flat(tmp_path / "w.pth", state), base=base_of(checkpoint, tmp_path), segment_size=S)[1], truth)
+
+
+def test_adapters_that_cannot_be_merged_are_refused(tmp_path: Path) -> None:
+    checkpoint = tiny("gpt2")
+    base = base_of(checkpoint, tmp_path)
+    good, _ = with_lora(checkpoint, r".*\.c_attn")
+    layer = "memory_cell.model.base_model.model.transformer.h.0.attn.c_attn."
+    a, b = f"{layer}lora_A.default.weight", f"{layer}lora_B.default.weight"
+
+    def refused(words: str, state: State = good) -> None:
+        path = save_flat(tmp_path / "w.pth", state)
+        with pytest.raises(CheckpointError, match=words):
+            load(path, base=base, segment_size=S)
+        assert re.search(words, inspect(path)["error"])
+
+    refused(r"their scale stands in no weights file: put peft's adapter_config.json beside it, or write .*lora_alpha")
+    for words, more in {
+        r"has use_dora: this engine merges plain LoRA only; merge it where": {"use_dora": True},
+        r"has alpha_pattern: ": {"alpha_pattern": {"c_attn": 4}},
+        r"has peft_type='IA3'": {"peft_type": "IA3"},
+        r"has lora_alpha='6'; expected a number": {"lora_alpha": "6"},
+        r"has lora_alpha=None": {"lora_alpha": None},
+        r"has use_rslora=2; expected true or false": {"use_rslora": 2},
+    }.items():
+        settings(tmp_path, **more)
+        refused(words)
+    settings(tmp_path)
+    refused(
+        r"half a LoRA pair.*: memory_cell.model.transformer.h.0.attn.c_attn$", {k: t for k, t in good.items() if k != b}
+    )
+    refused(
+        r"not plain LoRA: .*lora_magnitude_vector.*merge_and_unload",
+        {**good, f"{layer}lora_magnitude_vector.default.weight": torch.ones(96)},
+    )
+    refused(r"not plain LoRA: .*ia3_l", {**good, f"{layer}ia3_l.default": torch.ones(96)})
+    other = {key.replace("default", "second"): t for key, t in good.items() if "lora" in key}
+    refused(r"several adapters \(default, second\): save the model with the one to run", {**good, **other})
+    for wrong in (torch.ones(3, 33), torch.ones(4, 32), torch.ones(3), torch.ones(3, 32).long()):
+        refused(r"lora_A \[.*\] and lora_B \[96, 3\] do not fit .*c_attn.weight \[32, 96\]", {**good, a: wrong})
+    lost = {key: t for key, t in good.items() if key != f"{layer}base_layer.weight"}
+    refused(r"LoRA pair for .*c_attn, but no .*c_attn.weight to merge it into", lost)
+    twice = {**good, f"{layer}weight": good[f"{layer}base_layer.weight"]}
+    refused(r"holds 'memory_cell.model.transformer.h.0.attn.c_attn.weight' twice", twice)
+    with pytest.raises(CheckpointError, match=r"not finite: transformer.h.0.attn.c_attn.weight"):
+        load(save_flat(tmp_path / "w.pth", {**good, a: good[a] / 0}), base=base, segment_size=S)
+
+
 # What the user must say
 
 
@@ -381,25 +485,13 @@ def test_other_families_are_recognised_and_refused(tmp_path: Path) -> None:
             "memory_cell.memory": one,
             "memory_cell.model.transformer.h.0.W_mq": one,
         },
-        "merge the adapters first": {
-            "memory_cell.memory": one,
-            "memory_cell.model.base_model.model.transformer.h.0.attn.c_attn.lora_A.default.weight": one,
-        },
         "legacy RMTDecoderLMHead": {"memory": one, **{f"model.{name}": t for name, t in inner.items()}},
         "T5 encoder-decoder": {"mem_token_ids": torch.arange(2), "model.encoder.block.0.layer.0.x": one},
         "token classification": {name: t for name, t in bert.items() if "pooler" not in name},
         "without a sequence classifier": {name: t for name, t in bert.items() if "classifier" not in name},
         "plain backbone without memory tokens": inner,
-        "gpt_neox: this backbone is not supported yet": {
-            "memory_cell.memory": one,
-            "memory_cell.model.gpt_neox.embed_in.weight": one,
-        },
-        "roberta: this backbone is not supported yet": {
-            "mem_token_ids": torch.arange(2),
-            "model.roberta.embeddings.word_embeddings.weight": one,
-        },
-        "encoder RMT, but not on bert": {"mem_token_ids": torch.arange(2), "model.deberta.x": one},
-        "none of gpt2, llama, bert; its names begin with rwkv.x": {
+        "encoder RMT, but not on bert or roberta": {"mem_token_ids": torch.arange(2), "model.deberta.x": one},
+        r"none of gpt2, llama, .*; its names begin with rwkv.x": {
             "memory_cell.memory": one,
             "memory_cell.model.rwkv.x": one,
         },
@@ -513,6 +605,40 @@ def test_folders_that_hold_none_or_several(tmp_path: Path) -> None:
         save_flat(tmp_path / name, {"a": torch.ones(1)})
     with pytest.raises(CheckpointError, match=r"several weight files \(model_100.pth, model_200.pth\): name the one"):
         read_tensors(tmp_path)
+
+
+def test_shards_in_the_folders_of_their_authors(tmp_path: Path) -> None:
+    checkpoint = tiny("llama")
+    base, state = base_of(checkpoint, tmp_path, tokenizer="none"), checkpoint.state_dict()
+    for number, kind in enumerate(("safetensors", "bin")):
+        run = tmp_path / str(number)
+        best = save_sharded(run / "model_best", state, shards=4, kind=kind)
+        (best / "trainer.pckl").write_bytes(b"not to be read")
+        for place in (run, best):
+            assert inspect(place)["container"] == "4 shards"
+            same(load(place, base=base, segment_size=S)[1], checkpoint.weights())
+        index = next(best.glob("*.index.json"))
+        index.rename(tmp_path / "index")
+        for place in (run, best):
+            with pytest.raises(
+                CheckpointError, match=rf"holds shards of weights \(.*-00001-of-00004.*copy {index.name} too"
+            ):
+                load(place, base=base, segment_size=S)
+        (tmp_path / "index").rename(index)
+        next(best.glob("*-00003-of-*")).unlink()
+        with pytest.raises(CheckpointError, match=r"shards that are not there: .*-00003-of-00004.*; copy all of them"):
+            load(run, base=base, segment_size=S)
+
+
+def test_shards_of_a_tied_model_that_save_model_wrote(tmp_path: Path) -> None:
+    """One of two tied names is dropped, and the note of it stands in one shard's header alone."""
+    checkpoint = tiny("llama-tied")
+    state, (dropped, kept) = checkpoint.state_dict(), checkpoint.aliases() or ("", "")
+    folder = save_sharded(tmp_path / "s", {name: t for name, t in state.items() if name != dropped})
+    file = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][kept]
+    part = dict(read_tensors(folder / file).tensors)
+    save_safetensors(folder / file, part, {dropped: kept})
+    same(load(folder, base=base_of(checkpoint, tmp_path), segment_size=S)[1], checkpoint.weights())
 
 
 def test_broken_shards(tmp_path: Path) -> None:

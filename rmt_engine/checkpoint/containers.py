@@ -32,6 +32,7 @@ WEIGHT_FILES = (
 )
 LOOSE_SUFFIXES = (".safetensors", ".pth", ".pt")
 SHARD_NAME = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
+NUMBERED = re.compile(r"(?P<stem>.+)-\d+-of-\d+\.(?P<suffix>safetensors|bin)")
 
 
 class NoWeightsError(CheckpointError):
@@ -75,6 +76,7 @@ def weights_file(folder: Path) -> Path:
     if (folder / "model_best.pth").is_file():
         return folder / "model_best.pth"
     names = sorted(os.listdir(folder))
+    _check_no_lone_shards(folder)
     loose = [name for name in names if name.endswith(LOOSE_SUFFIXES)]
     if len(loose) == 1:
         return folder / loose[0]
@@ -85,6 +87,20 @@ def weights_file(folder: Path) -> Path:
         f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}, model_best/ or model_best.pth; "
         f"found {found}"
     )
+
+
+def _check_no_lone_shards(folder: Path) -> None:
+    """Shards whose index was not copied with them cannot be told from a part of them."""
+    for place in (folder, folder / "model_best"):
+        shards = [
+            match for name in (os.listdir(place) if place.is_dir() else ()) if (match := NUMBERED.fullmatch(name))
+        ]
+        if shards:
+            index = f"{shards[0]['stem']}.{shards[0]['suffix']}.index.json"
+            raise CheckpointError(
+                f"{place} holds shards of weights ({min(match[0] for match in shards)}, …) without their index: "
+                f"copy {index} too"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:

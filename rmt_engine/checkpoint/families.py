@@ -4,38 +4,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from rmt_engine.backbones import MODEL_TYPES
+from rmt_engine.checkpoint.adapters import merge_lora
 from rmt_engine.checkpoint.containers import Container
 from rmt_engine.config import Family
 from rmt_engine.errors import CheckpointError
 
-WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"  # the encoder's, whose last M rows are the memory
 SPECIAL_BUFFERS = ("cls_token", "sep_token", "eos_token", "bos_token")
 
 # What is recognised and refused: a pattern that some name matches, what it is, what to do. The first that fits counts.
 REFUSED = (
     (r"(^|\.)W_m[qkvb](\.|$)", "an ARMT checkpoint (associative memory per layer)", "this version runs RMT only"),
     (
-        r"(^|\.)base_model\.model\.|\.lora_[AB]\.",
-        "a checkpoint still wrapped by peft (LoRA)",
-        "merge the adapters first (merge_and_unload), then save the model again",
-    ),
-    (
         r"^(model\.|memory_cell\.model\.)?((encoder|decoder)\.block\.|shared\.weight)",
         "a T5 encoder-decoder",
-        "this version runs decoders (gpt2, llama) and encoder classifiers (bert)",
+        "this version runs decoders and encoder classifiers",
     ),
-    (r"(^|\.)gpt_neox\.", "a checkpoint on gpt_neox", "this backbone is not supported yet"),
-    (r"(^|\.)roberta\.", "a checkpoint on roberta", "this backbone is not supported yet"),
 )
+ENCODERS = ("bert", "roberta")
+# The model types whose names these are, the likelier first. The first mark that a name bears counts.
 BACKBONE_MARKS = (
-    ("gpt2", r"transformer\.h\.\d+\.attn\.c_attn\."),
-    ("llama", r"model\.layers\.\d+\.self_attn\.q_proj\."),
-    ("bert", r"bert\.encoder\.layer\."),
+    (("gpt2",), r"transformer\.h\.\d+\.attn\.c_attn\."),
+    (("gpt_neox",), r"gpt_neox\.layers\.\d+\.attention\.query_key_value\."),
+    (("qwen3",), r"model\.layers\.\d+\.self_attn\.q_norm\."),
+    (("qwen2", "llama"), r"model\.layers\.\d+\.self_attn\.q_proj\.bias$"),
+    (("llama", "mistral"), r"model\.layers\.\d+\.self_attn\.q_proj\."),
+    (("bert",), r"bert\.encoder\.layer\."),
+    (("roberta",), r"roberta\.encoder\.layer\."),
 )
 PLAIN_MARK = r"(^|\.)(wte|embed_tokens|word_embeddings|embed_in)\.weight$"
 
@@ -48,27 +48,43 @@ class PlainBackboneError(CheckpointError):
 class Parts:
     """A recognised checkpoint.
 
-    model_type: a guess from the names; the backbone's config has the last word. tensors: canonical Hugging Face names;
-    for a decoder also `memory` [M, E]; for an encoder the word embeddings still have V + M rows. num_mem_tokens: M.
-    special: the encoder's own token ids (cls_token, ...). memory_start: V, the first memory row of its embeddings.
-    stray: names outside every known place.
+    model_types: those with these names, the likelier first; the backbone's config has the last word. tensors: canonical
+    Hugging Face names; for a decoder also `memory` [M, E]; for an encoder the word embeddings still have V + M rows.
+    num_mem_tokens: M. special: the encoder's own token ids (cls_token, ...). memory_start: V, the first memory row of
+    its embeddings. stray: names outside every known place. lora_pairs: how many were merged.
     """
 
     path: Path
     family: Family
-    model_type: str
+    model_types: tuple[str, ...]
     num_mem_tokens: int
     tensors: dict[str, Tensor]
     special: dict[str, int] = field(default_factory=dict)
     memory_start: int | None = None
     stray: tuple[str, ...] = ()
+    lora_pairs: int = 0
 
 
 def unwrap(container: Container) -> Parts:
-    """Recognise a checkpoint and strip the authors' prefixes. Raises CheckpointError for every other family."""
-    tensors = _without_wrappers(container)
-    family = _family(container.path, tensors)
-    return _decoder(container.path, tensors) if family == "decoder" else _encoder(container.path, tensors)
+    """Recognise a checkpoint, merge its LoRA pairs and strip the authors' prefixes. Raises CheckpointError for every
+    other family."""
+    path, named = container.path, _without_wrappers(container)
+    for pattern, what, advice in REFUSED:
+        if _any(pattern, named):
+            raise CheckpointError(f"{path} is {what}: {advice}")
+    tensors, lora_pairs = merge_lora(path, named)
+    parts = _decoder(path, tensors) if _family(path, tensors) == "decoder" else _encoder(path, tensors)
+    return replace(parts, lora_pairs=lora_pairs)
+
+
+def label_layer(model_type: str) -> str:
+    """The encoder's last linear, with a row for each label."""
+    return "classifier.out_proj.weight" if model_type == "roberta" else "classifier.weight"
+
+
+def word_embeddings(model_type: str) -> str:
+    """The encoder's word embeddings, whose last M rows are the memory."""
+    return f"{model_type}.embeddings.word_embeddings.weight"
 
 
 def _without_wrappers(container: Container) -> dict[str, Tensor]:
@@ -88,9 +104,6 @@ def _without_wrappers(container: Container) -> dict[str, Tensor]:
 
 
 def _family(path: Path, tensors: Mapping[str, Tensor]) -> Family:
-    for pattern, what, advice in REFUSED:
-        if _any(pattern, tensors):
-            raise CheckpointError(f"{path} is {what}: {advice}")
     if "memory_cell.memory" in tensors:
         return "decoder"
     if _any(r"^memory_cell\.", tensors):
@@ -112,15 +125,20 @@ def _family(path: Path, tensors: Mapping[str, Tensor]) -> Family:
 
 
 def _encoder_family(path: Path, tensors: Mapping[str, Tensor]) -> Family:
-    if not _any(r"^model\.bert\.", tensors):
-        raise CheckpointError(f"{path} is an encoder RMT, but not on bert, the only encoder this engine runs")
-    if "model.classifier.weight" not in tensors:
-        raise CheckpointError(f"{path} is an encoder RMT without a sequence classifier (no model.classifier.weight)")
-    if "model.bert.pooler.dense.weight" not in tensors:
+    model_type = next((kind for kind in ENCODERS if _any(rf"^model\.{kind}\.", tensors)), None)
+    if model_type is None:
         raise CheckpointError(
-            f"{path} is an RMT for token classification (a classifier, but no pooler): "
+            f"{path} is an encoder RMT, but not on {' or '.join(ENCODERS)}, the encoders this engine runs"
+        )
+    pooled = "model.bert.pooler.dense.weight" in tensors
+    if "model.classifier.weight" in tensors and not pooled:
+        raise CheckpointError(
+            f"{path} is an RMT for token classification (a classifier of every row): "
             "this engine runs sequence classification only"
         )
+    head = f"model.{label_layer(model_type)}"
+    if head not in tensors:
+        raise CheckpointError(f"{path} is an encoder RMT without a sequence classifier (no {head})")
     return "encoder_classifier"
 
 
@@ -129,7 +147,7 @@ def _decoder(path: Path, tensors: Mapping[str, Tensor]) -> Parts:
     memory = tensors["memory_cell.memory"]
     if memory.ndim != 2 or 0 in memory.shape:
         raise CheckpointError(f"{path}: memory_cell.memory has shape {list(memory.shape)}; expected [M, E] with M ≥ 1")
-    return Parts(path, "decoder", _backbone(path, inner), len(memory), {**inner, "memory": memory}, stray=stray)
+    return Parts(path, "decoder", _backbones(path, inner), len(memory), {**inner, "memory": memory}, stray=stray)
 
 
 def _encoder(path: Path, tensors: Mapping[str, Tensor]) -> Parts:
@@ -143,7 +161,7 @@ def _encoder(path: Path, tensors: Mapping[str, Tensor]) -> Parts:
     start, size = ids[0], len(ids)
     if ids != list(range(start, start + size)):
         raise CheckpointError(f"{path}: mem_token_ids are {ids}; expected the rows after the vocabulary, in order")
-    return Parts(path, "encoder_classifier", _backbone(path, inner), size, inner, special, start, stray)
+    return Parts(path, "encoder_classifier", _backbones(path, inner), size, inner, special, start, stray)
 
 
 def _strip(
@@ -164,14 +182,15 @@ def _ids(path: Path, name: str, tensor: Tensor) -> list[int]:
     return ids
 
 
-def _backbone(path: Path, names: Iterable[str]) -> str:
+def _backbones(path: Path, names: Iterable[str]) -> tuple[str, ...]:
     names = list(names)
-    for model_type, pattern in BACKBONE_MARKS:
+    for model_types, pattern in BACKBONE_MARKS:
         if _any("^" + pattern, names):
-            return model_type
-    marks = ", ".join(model_type for model_type, _ in BACKBONE_MARKS)
+            return model_types
     some = ", ".join(sorted(names)[:6]) or "nothing"
-    raise CheckpointError(f"{path} wraps a backbone that is none of {marks}; its names begin with {some}")
+    raise CheckpointError(
+        f"{path} wraps a backbone that is none of {', '.join(MODEL_TYPES)}; its names begin with {some}"
+    )
 
 
 def _any(pattern: str, names: Iterable[str]) -> bool:

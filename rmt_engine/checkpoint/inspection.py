@@ -13,7 +13,7 @@ from torch import Tensor
 from rmt_engine.backbones import module_of
 from rmt_engine.checkpoint import base as hf
 from rmt_engine.checkpoint.containers import NoWeightsError, read_json, read_tensors
-from rmt_engine.checkpoint.families import WORD_EMBEDDINGS, Parts, PlainBackboneError, unwrap
+from rmt_engine.checkpoint.families import Parts, PlainBackboneError, unwrap, word_embeddings
 from rmt_engine.checkpoint.loading import is_converted, load
 from rmt_engine.errors import CheckpointError
 
@@ -22,8 +22,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """Say what `path` is. Never raises for what a file holds: `error` tells what is wrong with it.
 
     Keys: path, kind, runs (as it is), error (or None); then, as far as they are known: container, family, model_type,
-    num_mem_tokens, tensors, parameters, dtypes, shapes, and for a converted folder its settings; for the authors' files
-    `missing` (what a run still needs) and `convert` (the command).
+    num_mem_tokens, lora_pairs (merged), tensors, parameters, dtypes, shapes, and for a converted folder its settings;
+    for the authors' files `missing` (what a run still needs) and `convert` (the command).
     """
     report: dict[str, Any] = {"path": str(path), "kind": "unknown", "runs": False, "error": None}
     try:
@@ -75,10 +75,13 @@ def _authors(place: Path, report: dict[str, Any]) -> None:
     report |= {"kind": "weights", "container": container.kind, "file": str(container.path)}
     report |= _figures(container.tensors)
     parts = unwrap(container)
-    report |= {"kind": "checkpoint in its authors' format", "family": parts.family, "model_type": parts.model_type}
+    report |= {"kind": "checkpoint in its authors' format", "family": parts.family, "model_type": parts.model_types[0]}
     report |= {"num_mem_tokens": parts.num_mem_tokens} | _figures(_distinct(parts))
+    if parts.lora_pairs:
+        report["lora_pairs"] = parts.lora_pairs
+    kinds = " or ".join(parts.model_types)
     report["missing"] = [
-        f"the Hugging Face folder of the {parts.model_type} model that was fine-tuned: its config.json and tokenizer",
+        f"the Hugging Face folder of the {kinds} model that was fine-tuned: its config.json and tokenizer",
         "the segment size: text tokens of a segment (--segment-size) or rows of a whole one (--input-size)",
     ]
     size = "--segment-size N" if parts.family == "decoder" else "--input-size N"
@@ -87,7 +90,8 @@ def _authors(place: Path, report: dict[str, Any]) -> None:
 
 def _distinct(parts: Parts) -> dict[str, Tensor]:
     """The tensors without buffers and second names."""
-    tied = {**module_of(parts.model_type).TIED, "embeddings.weight": WORD_EMBEDDINGS}
+    model_type = parts.model_types[0]
+    tied = {**module_of(model_type).TIED, "embeddings.weight": word_embeddings(model_type)}
     return {
         name: tensor
         for name, tensor in parts.tensors.items()

@@ -14,7 +14,7 @@ from torch import Tensor
 from rmt_engine.backbones import module_of
 from rmt_engine.checkpoint import base as hf
 from rmt_engine.checkpoint.containers import read_json, read_tensors
-from rmt_engine.checkpoint.families import WORD_EMBEDDINGS, Parts, unwrap
+from rmt_engine.checkpoint.families import Parts, label_layer, unwrap, word_embeddings
 from rmt_engine.config import Alignment, RMTConfig
 from rmt_engine.errors import CheckpointError
 
@@ -82,13 +82,14 @@ def _load_converted(folder: Path) -> tuple[RMTConfig, dict[str, Tensor]]:
 
 def _load_foreign(parts: Parts, folder: Path, segment_size: int) -> tuple[RMTConfig, dict[str, Tensor]]:
     backbone = hf.read_config(folder)
-    if backbone["model_type"] != parts.model_type:
+    model_type = backbone["model_type"]
+    if model_type not in parts.model_types:
         raise CheckpointError(
-            f"{parts.path} wraps a {parts.model_type} model, but {folder} is the folder of a {backbone['model_type']}"
+            f"{parts.path} wraps a {' or '.join(parts.model_types)} model, but {folder} is the folder of a {model_type}"
         )
     if parts.family == "encoder_classifier":
         return _encoder(parts, folder, backbone, segment_size)
-    size, module = parts.num_mem_tokens, module_of(parts.model_type)
+    size, module = parts.num_mem_tokens, module_of(model_type)
     shapes = _expected(backbone, size, len(parts.tensors), folder / "config.json")
     weights = fit(parts.path, parts.tensors, shapes, module.TIED, module.IGNORED, parts.stray)
     stop_ids = hf.eos_ids(folder, backbone)
@@ -100,13 +101,17 @@ def _encoder(
 ) -> tuple[RMTConfig, dict[str, Tensor]]:
     vocab = _set_vocabulary(parts, folder, backbone)
     _set_labels(parts, backbone)
-    size, module = parts.num_mem_tokens, module_of(parts.model_type)
+    size, module, words = (
+        parts.num_mem_tokens,
+        module_of(backbone["model_type"]),
+        word_embeddings(backbone["model_type"]),
+    )
     shapes = _expected(backbone, size, len(parts.tensors), folder / "config.json")
-    shapes[WORD_EMBEDDINGS] = (vocab + size, shapes.pop("memory")[1])
-    tied = {**module.TIED, "embeddings.weight": WORD_EMBEDDINGS}
+    shapes[words] = (vocab + size, shapes.pop("memory")[1])
+    tied = {**module.TIED, "embeddings.weight": words}
     weights = fit(parts.path, parts.tensors, shapes, tied, module.IGNORED, parts.stray)
-    words = weights[WORD_EMBEDDINGS]
-    weights[WORD_EMBEDDINGS], weights["memory"] = words[:vocab], words[vocab:]
+    extended = weights[words]
+    weights[words], weights["memory"] = extended[:vocab], extended[vocab:]
     ids = _checked_special_ids(parts, folder, backbone)
     config = RMTConfig(
         "encoder_classifier",
@@ -136,7 +141,8 @@ def _set_vocabulary(parts: Parts, folder: Path, backbone: dict[str, Any]) -> int
 
 def _set_labels(parts: Parts, backbone: dict[str, Any]) -> None:
     """The config of a pretrained base knows two nameless labels; the classifier's rows tell how many there are."""
-    classes = parts.tensors["classifier.weight"].shape[0] if parts.tensors["classifier.weight"].ndim else 0
+    head = parts.tensors[label_layer(backbone["model_type"])]
+    classes = head.shape[0] if head.ndim else 0
     if len(backbone.get("id2label") or {}) != classes and 0 < classes < 2**20:
         backbone["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
         backbone["label2id"] = {name: int(i) for i, name in backbone["id2label"].items()}
