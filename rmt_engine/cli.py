@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from rmt_engine.errors import RMTError
+from rmt_engine.eval_options import add_eval
 
 USAGE, OUT_OF_MEMORY, INTERRUPTED = 2, 4, 130
 EPILOG = "exit codes: 0 done, 1 failed, 2 usage, 3 bad checkpoint or state file, 4 out of memory, 130 interrupted"
@@ -79,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     _add_ask(commands)
     _add_convert(commands)
     _add_inspect(commands)
-    _add_eval(commands)
+    add_eval(commands, EPILOG, _count, _add_eval_shared)
     _add_doctor(commands)
     return top
 
@@ -182,23 +183,9 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     _add_model(doctor)
 
 
-def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    evaluate = commands.add_parser("eval", help="measure what a checkpoint's memory holds", epilog=EPILOG)
-    kinds = evaluate.add_subparsers(dest="kind", metavar="KIND", required=True)
-    retrieval = kinds.add_parser("retrieval", help="is a fact found again after so much noise?", epilog=EPILOG)
-    retrieval.add_argument(
-        "--lengths", type=counts, default=[16_000, 128_000, 2_000_000], metavar="N,…", help="tokens, as 16k,128k,2M"
-    )
-    retrieval.add_argument(
-        "--tasks", type=lambda text: text.split(","), default=["memorize", "detect"], help="memorize,detect"
-    )
-    retrieval.add_argument("--trials", type=_count, default=100, metavar="N", help="texts a cell (default: 100)")
-    retrieval.add_argument("--slots", type=_count, default=100, metavar="N", help="texts read side by side")
-    retrieval.add_argument("--noise", metavar="PATH", help="text file or folder (default: held-out Python sources)")
-    retrieval.add_argument("--seed", type=int, default=0, metavar="N")
-    retrieval.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_model(retrieval)
-    _add_machine(retrieval)
+def _add_eval_shared(kind: argparse.ArgumentParser) -> None:
+    _add_model(kind)
+    _add_machine(kind)
 
 
 def _count(text: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Generator, Sequence
@@ -12,12 +11,10 @@ from typing import Any
 
 import torch
 
-from rmt_engine import checkpoint
+from rmt_engine import checkpoint, eval_commands
 from rmt_engine import doctor as machine
 from rmt_engine.engine import DTYPES, EMBEDDED, Engine, device_of, dtype_of
-from rmt_engine.evaluation import retrieval
-from rmt_engine.evaluation.noise import Noise, noise_text
-from rmt_engine.progress import counting, finish, human, mebibytes
+from rmt_engine.progress import finish, human, mebibytes
 from rmt_engine.run import EARLY_TOKENS, SAMPLE, Checkpoints, Event, Summary
 from rmt_engine.scoring import check_scorable
 from rmt_engine.stream import Stream
@@ -260,35 +257,5 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def eval(options: argparse.Namespace) -> int:
-    """`rmt-engine eval retrieval`: accuracy over length, printed cell by cell."""
-    engine = _engine(options)
-    noise = Noise(noise_text(options.noise), engine.tokenizer)
-    total = retrieval.total_tokens(options.tasks, options.lengths, options.trials)
-    print(f"reading {human(total)} tokens, {options.slots} texts side by side", file=sys.stderr)
-    cells = []
-    with counting(total, "retrieval") as on_step:
-        for cell in retrieval.evaluate(
-            engine,
-            noise,
-            tasks=options.tasks,
-            lengths=options.lengths,
-            trials=options.trials,
-            slots=options.slots,
-            seed=options.seed,
-            on_step=on_step,
-        ):
-            cells.append({**dataclasses.asdict(cell), "accuracy": cell.accuracy, "interval": cell.interval})
-            if not options.json:
-                print(_cell(cell), flush=True)
-    if options.json:
-        about = {"model": options.model, "noise": options.noise, "seed": options.seed, "dtype": str(engine.dtype)}
-        print(json.dumps({**about, "cells": cells}, ensure_ascii=False))
-    return 0
-
-
-def _cell(cell: retrieval.Cell) -> str:
-    low, high = (100 * bound for bound in cell.interval)
-    return (
-        f"{cell.task:<9} {cell.tokens:>11,} tokens {cell.segments:>9,} segments  {cell.correct}/{cell.trials} "
-        f"= {100 * cell.accuracy:.1f} % (95 %: {low:.1f} to {high:.1f})  {cell.seconds:.0f} s"
-    )
+    """`rmt-engine eval KIND`: see `eval_commands`."""
+    return eval_commands.run(options, _engine)

@@ -18,11 +18,11 @@ FLOORS = (
     {"rmt_kernels", "_C", "errors"},
     {"config", "layouts", "memory", "scoring"},
     {"backbones"},
-    {"checkpoint", "cut_rules", "memory_plan", "records", "sources", "text_input", "tokens"},
-    {"engine", "executors", "sampling"},
-    {"documents", "inputs", "run", "slots", "stream"},
+    {"checkpoint", "cut_rules", "detokenizer", "memory_plan", "records", "sources", "text_input", "tokens"},
+    {"engine", "executors", "sampler", "sampling"},
+    {"asking", "documents", "inputs", "run", "slots", "stream"},
     {"evaluation"},
-    {"__init__", "__main__", "cli", "commands", "doctor", "progress"},
+    {"__init__", "__main__", "cli", "commands", "doctor", "eval_commands", "eval_options", "progress"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 KNOWS_NOBODY = {"rmt_kernels", "_C", "errors"}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from rmt_engine.errors import InputError
-from rmt_engine.evaluation.facts import all_facts
+from rmt_engine.evaluation.facts import all_facts, all_relations
 from rmt_engine.tokens import PIECE_CHARS, Tokenizer
 
 HELD_OUT_BELOW = 84  # of the 256 values of a hash's first byte: about a third of the files
@@ -69,44 +69,75 @@ def noise_text(path: str | Path | None = None) -> str:
 
 
 class Noise:
-    """Tokenized noise, cut into pieces of text at which a sentence may be put in exactly.
+    """Tokenized noise, cut into pieces of text at which sentences may be put in exactly.
 
-    ids: int64 [N]; starts: int64 [pieces + 1], where each piece's ids begin.
+    ids: int64 [N], without those that the checkpoint drops; starts: int64 [pieces + 1], where each piece's ids begin.
+    longest_sentence: tokens that one fact or relation takes at most.
     """
 
-    def __init__(self, text: str, tokenizer: Tokenizer):
+    def __init__(self, text: str, tokenizer: Tokenizer, drop_ids: Sequence[int] = ()):
         self.tokenizer = tokenizer
+        self.drop_ids = tuple(drop_ids)
         self.pieces = list(_split(text, tokenizer))
         encoded = [self._encode(piece) for piece in self.pieces]
         self.starts = np.cumsum([0, *(len(ids) for ids in encoded)])
         self.ids = np.concatenate(encoded)
+        if not len(self.ids):
+            raise InputError("the noise has no tokens: give --noise a text file or folder")
         self.longest_piece = int(np.diff(self.starts).max())
-        self.longest_fact = max(len(tokenizer.encode(f"\n{fact.sentence}")) for fact in all_facts()) + 1
-
-    def _encode(self, piece: str) -> np.ndarray:
-        """The ids of a piece in the middle of a text."""
-        return self.tokenizer.incremental(piece, continued=True).flush()
+        sentences = [*(fact.sentence for fact in all_facts()), *(relation.sentence for relation in all_relations())]
+        self.longest_sentence = max(len(self.whole(f"\n{sentence}")) for sentence in sentences) + 1
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def with_sentence(self, piece: int, sentence: str, rng: np.random.Generator, room: int) -> np.ndarray:
-        """The ids of a piece with a sentence put in at a random place of it, on a new line or in the line.
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the ids: which noise this is."""
+        return hashlib.sha256(self.ids.astype("<i8").tobytes()).hexdigest()
 
-        The sentence ends within the first `room` tokens, as far as a place for that is there.
+    def whole(self, text: str) -> np.ndarray:
+        """The ids of a text by itself, int64 [L]."""
+        return self._content(self.tokenizer.encode(text))
+
+    def _encode(self, piece: str) -> np.ndarray:
+        """The ids of a piece in the middle of a text."""
+        return self._content(self.tokenizer.incremental(piece, continued=True).flush())
+
+    def _content(self, ids: np.ndarray) -> np.ndarray:
+        return ids[~np.isin(ids, self.drop_ids)] if self.drop_ids else ids
+
+    def with_sentences(
+        self, piece: int, sentences: Sequence[str], rng: np.random.Generator, room: int
+    ) -> tuple[np.ndarray, list[int]]:
+        """The ids of a piece with sentences put in at random places of it, in their order; and where each begins.
+
+        Each stands on a new line or in the line. All end within the first `room` tokens, as far as there are places
+        for that.
         """
         text = self.pieces[piece]
         places = list(self.tokenizer.cut_rule.cuts(text))
-        if room < self.starts[piece + 1] - self.starts[piece] + self.longest_fact:
-            fits = room - self.longest_fact
+        space = len(sentences) * self.longest_sentence
+        if room < self.starts[piece + 1] - self.starts[piece] + space:
+            fits = room - space
             places = places[: bisect_right(places, fits, key=lambda cut: len(self._encode(text[:cut])))]
-        cut = places[int(rng.integers(len(places)))] if places else 0
-        glue = "\n" if rng.random() < 0.5 else " "
-        return self._encode(f"{text[:cut]}{glue}{sentence}{text[cut:]}")
+        cuts = sorted(places[int(rng.integers(len(places)))] if places else 0 for _ in sentences)
+        joined, begun, done = "", [], 0
+        for cut, sentence in zip(cuts, sentences, strict=True):
+            joined += text[done:cut]
+            begun.append(len(self._encode(joined)) if joined else 0)
+            joined += f"{self._glue(rng)}{sentence}"
+            done = cut
+        return self._encode(joined + text[done:]), begun
 
-    def opened_by(self, piece: int, sentence: str) -> np.ndarray:
-        """The ids of a text that begins with a sentence and goes on with a piece."""
-        return self.tokenizer.encode(f"{sentence}\n{self.pieces[piece]}")
+    @staticmethod
+    def _glue(rng: np.random.Generator) -> str:
+        return "\n" if rng.random() < 0.5 else " "
+
+    def opened_by(self, piece: int, sentences: Sequence[str]) -> np.ndarray:
+        """The ids of a text that begins with sentences, a line each, and goes on with a piece."""
+        lines = "\n".join(sentences)
+        return self.whole(f"{lines}\n{self.pieces[piece]}")
 
 
 def _split(text: str, tokenizer: Tokenizer) -> Iterator[str]:

@@ -1,39 +1,76 @@
-"""Does a fact survive so many tokens of noise? The paper's tasks, many trials side by side.
+"""Do facts survive so many tokens of noise? The paper's tasks, many trials side by side.
 
-memorize: the fact opens the text. detect: it stands anywhere in it. The question comes at the end.
+memorize: the facts open the text. detect: they stand anywhere in it. reasoning: two relations stand anywhere, and both
+are needed. The question comes at the end.
+
+A text is read once and asked on the way, from forks, at every length at which it is as good a trial as one made for
+that length (`Trial.holds_at`); what is missing to `trials` is filled up with texts of that length. So each cell has
+`trials` independent texts with their facts spread evenly over its length, and the cells of one curve share texts.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from rmt_engine.engine import Engine
-from rmt_engine.evaluation.facts import Fact, random_fact
+from rmt_engine.evaluation.answers import answerer, check_labels, question_ids, way_of
+from rmt_engine.evaluation.cost import Load
+from rmt_engine.evaluation.facts import NAMES, ROOMS
+from rmt_engine.evaluation.intervals import wilson
 from rmt_engine.evaluation.noise import Noise
-from rmt_engine.sampling import generate
+from rmt_engine.evaluation.reading import OnStep, Reading, batches, read_and_ask, readings_of
+from rmt_engine.evaluation.store import Key, Store
+from rmt_engine.evaluation.texts import TASKS, Trial, make_trial
 
-TASKS = ("memorize", "detect")
-ANSWER_TOKENS = 8
+PLACES = 10  # bins of a fact's place, as a share of the length
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. lengths: tokens of the whole text; facts: sentences of `memorize` and `detect`; answer: a way
+    of `answers.WAYS` or auto; labels: answers of a classifier's classes."""
+
+    tasks: Sequence[str] = ("memorize", "detect")
+    lengths: Sequence[int] = (16_000, 128_000, 2_000_000)
+    trials: int = 100
+    facts: int = 1
+    seed: int = 0
+    answer: str = "auto"
+    labels: Sequence[str] | None = None
+
+    def check(self, engine: Engine, noise: Noise) -> None:
+        """Tells before hours of reading what cannot be measured. Raises ValueError."""
+        if unknown := set(self.tasks) - set(TASKS):
+            raise ValueError(f"tasks must be of {', '.join(TASKS)}; got {', '.join(sorted(unknown))}")
+        if self.trials < 1:
+            raise ValueError("trials must be at least 1")
+        if not 1 <= self.facts <= len(NAMES):
+            raise ValueError(f"facts must be 1 to {len(NAMES)}, one for each name; got {self.facts}")
+        most = max([self.facts if task != "reasoning" else 2 for task in self.tasks], default=1)
+        if min(self.lengths) < (least := most * noise.longest_sentence):
+            raise ValueError(f"the facts take up to {least} tokens: lengths below that do not hold them")
+        if way_of(engine, self.answer) == "classify":
+            check_labels(engine, self.labels, ROOMS)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One task at one length. wrong: question, right answer and given answer of each miss."""
+    """One task at one length. wrong: question, right answer and given answer of each miss.
+
+    by_place: trials and right answers for each tenth of the text in which the fact stands (reasoning: the first fact).
+    """
 
     task: str
+    facts: int
     tokens: int
     segments: int
     trials: int
     correct: int
-    seconds: float
-    wrong: tuple[tuple[str, str, str], ...]
+    by_place: tuple[tuple[int, int], ...]
+    wrong: tuple[tuple[str, str, str], ...] = field(repr=False)
 
     @property
     def accuracy(self) -> float:
@@ -44,157 +81,101 @@ class Cell:
         return wilson(self.correct, self.trials)
 
 
-def wilson(correct: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson, 1927)."""
-    p, z2 = correct / trials, z * z
-    middle = (p + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = z / (1 + z2 / trials) * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials * trials))
-    return max(0.0, middle - half), min(1.0, middle + half)
+class Plan:
+    """Every text that a measurement reads, and where it is asked."""
 
+    def __init__(self, engine: Engine, noise: Noise, settings: Settings):
+        settings.check(engine, noise)
+        self.engine = engine
+        self.settings = settings
+        self.asked = [(key, trial, at) for task in settings.tasks for key, trial, at in _texts(noise, settings, task)]
+        if way_of(engine, settings.answer) != "classify":
+            _check_questions(engine, [trial for _, trial, _ in self.asked])
 
-@dataclass(frozen=True)
-class Trial:
-    """A text: noise from `offset` on, of which [gap, gap_end) is replaced by `ids`, which hold the fact."""
+    def batches(self, store: Store, slots: int) -> list[list[Reading]]:
+        """What is left to read, in the order in which it is read."""
+        if slots < 1:
+            raise ValueError("slots must be at least 1")
+        left = []
+        for key, trial, lengths in self.asked:
+            if missing := [length for length in lengths if (key, length) not in store.answers]:
+                left += readings_of(self.engine, key, trial, missing)
+        by_task = [[reading for reading in left if reading.key[0] == task] for task in self.settings.tasks]
+        return [batch for readings in by_task for batch in batches(readings, slots)]
 
-    fact: Fact
-    noise: Noise
-    offset: int
-    gap: int
-    gap_end: int
-    ids: np.ndarray
+    def loads(self, store: Store, slots: int) -> list[Load]:
+        """What is left to read, as `cost.estimate` takes it."""
+        size = self.engine.config.segment_size
+        left = [(len(batch), batch[0].length + batch[0].tail) for batch in self.batches(store, slots)]
+        return [Load(count, -(-length // size), count * length) for count, length in left]
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Ids [start, stop) of the text. The noise begins again where it ends."""
-        behind = self.gap + len(self.ids)
-        before = self._noise(start, min(stop, self.gap))
-        inside = self.ids[max(start - self.gap, 0) : max(stop - self.gap, 0)]
-        after = self._noise(max(start, behind) - behind + self.gap_end, stop - behind + self.gap_end)
-        return np.concatenate([before, inside, after])
+    def cells(self, store: Store) -> list[Cell]:
+        """The cells whose every answer is there."""
+        found = []
+        for task in self.settings.tasks:
+            for length in sorted(set(self.settings.lengths)):
+                asked = [(key, trial) for key, trial, at in self.asked if key[0] == task and length in at]
+                if all((key, length) in store.answers for key, _ in asked):
+                    given = [store.answers[key, length] for key, _ in asked]
+                    found.append(self._cell(task, length, [trial for _, trial in asked], given))
+        return found
 
-    def _noise(self, start: int, stop: int) -> np.ndarray:
-        return self.noise.ids.take(np.arange(self.offset + start, self.offset + stop), mode="wrap")
-
-
-def make_trial(task: str, tokens: int, noise: Noise, rng: np.random.Generator) -> Trial:
-    """A random fact in the noise, at the start (`memorize`) or anywhere in the first `tokens` tokens (`detect`)."""
-    fact = random_fact(rng)
-    first = int(rng.integers(len(noise.pieces)))
-    offset = int(noise.starts[first])
-    if task == "memorize":
-        length = int(noise.starts[first + 1]) - offset
-        return Trial(fact, noise, offset, 0, length, noise.opened_by(first, fact.sentence))
-    # The whole fact must lie before the end: in a long text any place of a piece does, well before it.
-    spare = 2 * noise.longest_piece if tokens > 4 * noise.longest_piece else noise.longest_fact
-    room = max(tokens - spare, 1)
-    laps, place = divmod(offset + int(rng.integers(room)), len(noise))
-    piece = int(np.searchsorted(noise.starts, place, side="right")) - 1
-    start = int(noise.starts[piece]) + laps * len(noise) - offset
-    if start < 0:  # the very first piece
-        piece, start = first, 0
-    end = start + int(noise.starts[piece + 1] - noise.starts[piece])
-    return Trial(fact, noise, offset, start, end, noise.with_sentence(piece, fact.sentence, rng, tokens - start))
+    def _cell(self, task: str, length: int, trials: Sequence[Trial], given: Sequence[str]) -> Cell:
+        right = [trial.problem.is_answered_by(text) for trial, text in zip(trials, given, strict=True)]
+        problems = [trial.problem for trial in trials]
+        wrong = [(p.question, p.answer, text) for p, text, ok in zip(problems, given, right, strict=True) if not ok]
+        bins = [min(PLACES * trial.places[trial.problem.asked] // length, PLACES - 1) for trial in trials]
+        by_place = tuple(
+            (bins.count(place), sum(ok for b, ok in zip(bins, right, strict=True) if b == place))
+            for place in range(PLACES)
+        )
+        facts = len(trials[0].places)
+        segments = -(-length // self.engine.config.segment_size)
+        return Cell(task, facts, length, segments, len(trials), sum(right), by_place, tuple(wrong))
 
 
 def evaluate(
-    engine: Engine,
-    noise: Noise,
-    *,
-    tasks: Sequence[str] = TASKS,
-    lengths: Sequence[int],
-    trials: int = 100,
-    slots: int = 100,
-    seed: int = 0,
-    on_step: Callable[[int], None] = lambda tokens: None,
+    plan: Plan, store: Store | None = None, *, slots: int = 100, on_step: OnStep = lambda tokens: None
 ) -> Iterator[Cell]:
-    """Yields a Cell for each task and length (tokens of the whole text).
+    """Reads what the store does not hold yet, `slots` texts side by side; yields each cell once it is complete.
 
-    `slots` trials are read side by side. The facts of `memorize` stand at the start, so one pass gives all its lengths;
-    `detect` takes one a length. on_step is told the tokens read by each step. Raises ValueError.
+    Raises OSError where the store cannot be written, NumericalError.
     """
-    _check(engine, noise, tasks, lengths, trials, slots)
-    for task in tasks:
-        passes = [tuple(sorted(lengths))] if task == "memorize" else [(length,) for length in sorted(lengths)]
-        for asked_at in passes:
-            rng = np.random.default_rng([seed, TASKS.index(task), asked_at[-1]])
-            made = [make_trial(task, asked_at[-1], noise, rng) for _ in range(trials)]
-            yield from _cells(engine, task, asked_at, made, slots, on_step)
+    store = Store() if store is None else store
+    engine, settings = plan.engine, plan.settings
+    answer = answerer(engine, way_of(engine, settings.answer), settings.labels)
+    told: set[tuple[str, int]] = set()
+    yield from _new(plan.cells(store), told)
+    for batch in plan.batches(store, slots):
+        store.add(
+            [(reading.key, length, text) for reading, length, text in read_and_ask(engine, answer, batch, on_step)]
+        )
+        yield from _new(plan.cells(store), told)
 
 
-def total_tokens(tasks: Sequence[str], lengths: Sequence[int], trials: int) -> int:
-    """What `evaluate` will read: its cost."""
-    return trials * sum(max(lengths) if task == "memorize" else sum(lengths) for task in tasks)
+def _new(cells: Sequence[Cell], told: set[tuple[str, int]]) -> Iterator[Cell]:
+    for cell in cells:
+        if (cell.task, cell.tokens) not in told:
+            told.add((cell.task, cell.tokens))
+            yield cell
 
 
-def _check(engine: Engine, noise: Noise, tasks: Sequence[str], lengths: Sequence[int], trials: int, slots: int) -> None:
-    if engine.config.family != "decoder":
-        raise ValueError("retrieval asks for generated answers: this checkpoint is a classifier")
-    if unknown := set(tasks) - set(TASKS):
-        raise ValueError(f"tasks must be of {', '.join(TASKS)}; got {', '.join(sorted(unknown))}")
-    if min(trials, slots) < 1:
-        raise ValueError("trials and slots must be at least 1")
-    if min(lengths) < noise.longest_fact:
-        raise ValueError(f"a fact has up to {noise.longest_fact} tokens: lengths below that hold none")
+def _texts(noise: Noise, settings: Settings, task: str) -> list[tuple[Key, Trial, list[int]]]:
+    """The texts of a task with the lengths at which each is asked; those of the longest length come first."""
+    facts = 2 if task == "reasoning" else settings.facts
+    made: list[tuple[Key, Trial, list[int]]] = []
+    for length in sorted(set(settings.lengths), reverse=True):
+        shared = [at for _, trial, at in made if trial.holds_at(length)][: settings.trials]
+        for at in shared:
+            at.append(length)
+        for index in range(settings.trials - len(shared)):
+            rng = np.random.default_rng([settings.seed, TASKS.index(task), facts, length, index])
+            made.append(((task, facts, length, index), make_trial(task, length, noise, rng, facts), [length]))
+    return made
 
 
-def _cells(
-    engine: Engine,
-    task: str,
-    asked_at: Sequence[int],
-    trials: Sequence[Trial],
-    slots: int,
-    on_step: Callable[[int], None],
-) -> Iterator[Cell]:
-    answers: dict[int, list[str]] = {length: [] for length in asked_at}
-    seconds = dict.fromkeys(asked_at, 0.0)
-    for first in range(0, len(trials), slots):
-        start = time.perf_counter()
-        for length, given in _read_and_ask(engine, trials[first : first + slots], asked_at, on_step):
-            answers[length] += given
-            seconds[length] += time.perf_counter() - start
-    for length in asked_at:
-        pairs = list(zip([trial.fact for trial in trials], answers[length], strict=True))
-        wrong = tuple((f.question, f.room, given) for f, given in pairs if not f.is_answered_by(given))
-        segments = -(-length // engine.config.segment_size)
-        yield Cell(task, length, segments, len(pairs), len(pairs) - len(wrong), seconds[length], wrong)
-
-
-def _read_and_ask(
-    engine: Engine, trials: Sequence[Trial], asked_at: Sequence[int], on_step: Callable[[int], None]
-) -> Iterator[tuple[int, list[str]]]:
-    """Reads the trials side by side; at each of the lengths, yields the answers from forks."""
-    size, position = engine.config.segment_size, 0
-    memory = engine.initial_memory(len(trials))
-    for length in asked_at:
-        while length - position > size:
-            memory = engine.executor.fold(_batch(engine, trials, position, position + size), memory)
-            position += size
-            on_step(size * len(trials))
-        yield length, _ask(engine, trials, memory, position, length)
-
-
-def _batch(engine: Engine, trials: Sequence[Trial], start: int, stop: int) -> Tensor:
-    """Ids [start, stop) of every trial, int64 [B, L]."""
-    return torch.from_numpy(np.stack([trial.read(start, stop) for trial in trials])).to(engine.device)
-
-
-def _ask(engine: Engine, trials: Sequence[Trial], memory: Tensor, start: int, stop: int) -> list[str]:
-    """The answers with the rest [start, stop) unfolded, as `Stream.ask` gives them one by one."""
-    template = engine.config.ask_template
-    questions = [engine.tokenizer.encode(template.replace("{question}", trial.fact.question)) for trial in trials]
-    folded = None
-    answers = [""] * len(trials)
-    for length in sorted({len(ids) for ids in questions}):
-        members = [i for i, ids in enumerate(questions) if len(ids) == length]
-        asked = torch.from_numpy(np.stack([questions[i] for i in members])).to(engine.device)
-        if stop - start + length <= engine.config.segment_size:
-            final = torch.cat([_batch(engine, [trials[i] for i in members], start, stop), asked], dim=1)
-            state = memory
-        else:
-            if folded is None:
-                folded = engine.executor.fold(_batch(engine, trials, start, stop), memory)
-            final, state = asked, folded
-        engine.check_answer_fits(final.shape[1], ANSWER_TOKENS)
-        new = generate(engine.executor, final, state[members], ANSWER_TOKENS, engine.config.stop_ids)
-        for i, ids in zip(members, new, strict=True):
-            answers[i] = engine.tokenizer.decode(ids)
-    return answers
+def _check_questions(engine: Engine, trials: Sequence[Trial]) -> None:
+    size = engine.config.segment_size
+    for problem in {trial.problem.question: trial.problem for trial in trials}.values():
+        if (count := len(question_ids(engine, problem))) > size:
+            raise ValueError(f"the question {problem.question!r} has {count} tokens; a segment holds {size}")

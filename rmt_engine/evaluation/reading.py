@@ -1,0 +1,105 @@
+"""Texts read side by side from their start, and asked on the way from forks of their memory states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from rmt_engine.engine import Engine
+from rmt_engine.errors import NumericalError
+from rmt_engine.evaluation.answers import Answer, question_ids, rows_of, tensor
+from rmt_engine.evaluation.store import Key
+from rmt_engine.evaluation.texts import Trial
+from rmt_engine.layouts import Cut
+
+OnStep = Callable[[int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """One trial's text, read once and asked after each of `asked_at` tokens (ascending).
+
+    key: task, facts, length that the text was made for, its number.
+    tail: tokens of the question where it is a part of the text (an encoder's), else 0.
+    """
+
+    key: Key
+    trial: Trial
+    asked_at: tuple[int, ...]
+    cut: Cut
+    tail: int
+
+    @property
+    def length(self) -> int:
+        return self.asked_at[-1]
+
+
+def readings_of(engine: Engine, key: Key, trial: Trial, asked_at: Iterable[int]) -> list[Reading]:
+    """One reading for each way in which the lengths cut the text into segments: one in all where they align left."""
+    config = engine.config
+    tail = 0 if config.family == "decoder" else len(question_ids(engine, trial.problem))
+    cuts: dict[Cut, list[int]] = {}
+    for length in sorted(asked_at):
+        cuts.setdefault(Cut.of(length + tail, config.segment_size, config.alignment), []).append(length)
+    return [Reading(key, trial, tuple(lengths), cut, tail) for cut, lengths in cuts.items()]
+
+
+def batches(readings: Sequence[Reading], slots: int) -> list[list[Reading]]:
+    """Readings that go segment by segment together, at most `slots` at a time; the short ones first."""
+    alike: dict[tuple[int, int, int, int], list[Reading]] = {}
+    for reading in readings:
+        shape = (reading.length, reading.cut.first, reading.cut.size, reading.tail)
+        alike.setdefault(shape, []).append(reading)
+    return [group[i : i + slots] for _, group in sorted(alike.items()) for i in range(0, len(group), slots)]
+
+
+def read_and_ask(
+    engine: Engine, answer: Answer, batch: Sequence[Reading], on_step: OnStep
+) -> Iterator[tuple[Reading, int, str]]:
+    """Reads a batch of `batches`; yields (reading, length, answer). on_step is told the tokens read by each step."""
+    memory, position = engine.initial_memory(len(batch)), 0
+    for length in sorted({length for reading in batch for length in reading.asked_at}):
+        border = last_border(batch[0].cut, length, batch[0].tail)
+        while position < border:
+            stop = position + next_size(batch[0].cut, position)
+            memory = engine.executor.fold(tensor(engine, [r.trial.text.read(position, stop) for r in batch]), memory)
+            on_step((stop - position) * len(batch))
+            position = stop
+        members = [i for i, reading in enumerate(batch) if length in reading.asked_at]
+        asked = [batch[i] for i in members]
+        answers = _ask(engine, answer, asked, rows_of(memory, members), position, length)
+        yield from ((reading, length, text) for reading, text in zip(asked, answers, strict=True))
+
+
+def next_size(cut: Cut, position: int) -> int:
+    """Tokens of the segment that begins at a border."""
+    return cut.size if position else cut.first
+
+
+def last_border(cut: Cut, length: int, tail: int) -> int:
+    """Where the last segment of `length + tail` tokens begins, or the last border before it that is within the text."""
+    if length + tail <= cut.first:
+        return 0
+    border = cut.first + (length + tail - cut.first - 1) // cut.size * cut.size
+    while border > length:
+        border = border - cut.size if border > cut.first else 0
+    return border
+
+
+def _ask(
+    engine: Engine, answer: Answer, readings: Sequence[Reading], memory: Tensor, position: int, length: int
+) -> list[str]:
+    """Answers with the rest [position, length) of the texts not yet folded; `memory` is not changed."""
+    if not bool(memory.isfinite().all()):
+        raise NumericalError(f"the memory state is not finite after {position:,} tokens; try --dtype float32")
+    problems = [reading.trial.problem for reading in readings]
+    rests = [reading.trial.text.read(position, length) for reading in readings]
+    if readings[0].tail:
+        rests = [np.concatenate([r, question_ids(engine, p)]) for r, p in zip(rests, problems, strict=True)]
+        while len(rests[0]) > (size := next_size(readings[0].cut, position)):  # the question crosses a border
+            memory = engine.executor.fold(tensor(engine, [rest[:size] for rest in rests]), memory)
+            rests, position = [rest[size:] for rest in rests], position + size
+    return answer(np.stack(rests), problems, memory)
