@@ -333,6 +333,7 @@ void bind_graph_runner(py::module_& m) {
       .def("begin", &GraphRunner::begin, "rest"_a, "first"_a, "size"_a)
       .def("advance", &advance, "stream"_a, "limit"_a)
       .def("finish", &GraphRunner::finish, py::call_guard<GilReleased>())
+      .def_property_readonly("failed", &GraphRunner::failed, "Whether the device or a graph failed.")
       .def_property_readonly("segments", &GraphRunner::segments, "Segments queued.")
       .def_property_readonly("tokens", &GraphRunner::tokens, "Tokens queued.")
       .def_property_readonly("folded", &GraphRunner::folded, "Segments known to be folded.")

@@ -75,6 +75,9 @@ class GraphRunner {
   // Waits for everything that was queued.
   void finish();
 
+  // Whether it is of no more use.
+  bool failed() const { return !failure_.empty(); }
+
   // Segments and tokens queued since the beginning.
   uint64_t segments() const { return segments_; }
   uint64_t tokens() const { return tokens_; }

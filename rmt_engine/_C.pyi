@@ -189,6 +189,10 @@ class GraphRunner:
         """Waits for all that is queued. Raises DeviceError."""
 
     @property
+    def failed(self) -> bool:
+        """Whether the device or a graph failed, and the runner is of no more use."""
+
+    @property
     def segments(self) -> int:
         """Queued since the beginning."""
 

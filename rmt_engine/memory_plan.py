@@ -51,7 +51,7 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
-class _Widths:
+class Widths:
     """Elements of one row: hidden state, queries, keys and values together, inner layer of the MLP."""
 
     hidden: int
@@ -64,7 +64,7 @@ class _Widths:
     grouped: bool
 
     @classmethod
-    def of(cls, backbone: Mapping[str, Any]) -> _Widths:
+    def of(cls, backbone: Mapping[str, Any]) -> Widths:
         hidden = backbone.get("n_embd") or backbone["hidden_size"]
         heads = backbone.get("n_head") or backbone["num_attention_heads"]
         kv_heads = backbone.get("num_key_value_heads") or heads
@@ -91,7 +91,7 @@ def plan_memory(
     """The plan of one stream computed in `dtype`. stored: the dtype of the weights' file, by default the same."""
     size = dtype.itemsize
     shapes = module_of(config.model_type).parameter_shapes(config.backbone)
-    widths = _Widths.of(config.backbone)
+    widths = Widths.of(config.backbone)
     memory, segment = config.num_mem_tokens, config.segment_size
     rows, vocabulary = padded(segment + config.overhead), int(config.backbone["vocab_size"])
     parameters = sum(map(prod, shapes.values())) + memory * widths.hidden
