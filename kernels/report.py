@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from rmt_kernels import configs
 from rmt_kernels.aot import Compiled, Launch, breaches, compiled, recorded
-from rmt_kernels.segment_attention import KVCache
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from rmt_engine.backbones import module_of
-from rmt_engine.backbones.common import run_blocks
+from rmt_engine.config import RMTConfig
+from rmt_engine.executors import EagerExecutor
 
 TABLE = Path(__file__).parent / "REPORT.md"
-ROWS, MEMORY = 512, 16
+ROWS, MEMORY, SLOTS, NEW_TOKENS = 512, 16, 2, 64  # with one slot, Triton would make constants of counts
 
 LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
 LLAMA_1B |= {"head_dim": 64, "max_position_embeddings": 4096, "vocab_size": 128256, "tie_word_embeddings": True}
@@ -39,31 +39,40 @@ DTYPES = {"bf16": (torch.bfloat16, BACKBONES), "fp32": (torch.float32, ("gpt2",)
 COLUMNS = ("registers", "stack", "shared", "warps", "spills", "wgmma", "tcgen05", "mma", "async_copies")
 
 
-def segment_step(name: str, dtype: torch.dtype) -> None:
-    """Everything an engine launches: fold a segment, score it, prefill an answering one and decode."""
+def executor_of(name: str, dtype: torch.dtype) -> EagerExecutor:
+    """One over weights that take no memory."""
     model_type, config = BACKBONES[name]
     module, facts = module_of(model_type), config.to_dict()
     weights = {
         key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in module.parameter_shapes(facts).items()
     }
-    backbone = module.build(facts, weights, "triton")
-    ids = torch.empty(1, ROWS, dtype=torch.int64, device="meta")
+    encoder = model_type == "bert"
+    text = ROWS - (MEMORY + 3 if encoder else 2 * MEMORY)
+    ids = {"cls_id": 101, "sep_id": 102} if encoder else {}
+    rmt = RMTConfig("encoder_classifier" if encoder else "decoder", facts, MEMORY, text, **ids)
     width = facts.get("n_embd") or facts["hidden_size"]
-    memory = torch.empty(1, MEMORY, width, dtype=dtype, device="meta")
-    if model_type == "bert":
-        hidden = run_blocks(backbone, backbone.read_memory(ids, memory, (1,)), ROWS - 5, (0, 1 + MEMORY))
-        backbone.write_memory(hidden[:, 1:])
-        backbone.head(hidden[:, 0])
+    memory = torch.empty(MEMORY, width, dtype=dtype, device="meta")
+    return EagerExecutor(rmt, module.build(facts, weights, "triton"), memory)
+
+
+def segment_step(name: str, dtype: torch.dtype, per_slot: bool) -> None:
+    """Everything an engine launches: fold a segment, score it, prefill an answering one and decode.
+
+    per_slot: with lengths on the device, one for each slot.
+    """
+    executor = executor_of(name, dtype)
+    text = ROWS - len(executor.layout.frame().before) - len(executor.layout.frame().after)
+    ids = torch.empty(SLOTS, text, dtype=torch.int64, device="meta")
+    memory = executor.initial_memory(SLOTS)
+    lengths = torch.empty(SLOTS, dtype=torch.int32, device="meta") if per_slot else None
+    executor.fold(ids, memory, lengths)
+    executor.fold_with_logits(ids, memory, lengths)
+    if name.startswith("bert"):
+        executor.logits(ids, memory, lengths)
         return
-    hidden = backbone.read_memory(ids, memory, (0, ROWS - MEMORY))
-    backbone.write_memory(run_blocks(backbone, hidden, ROWS, (ROWS - MEMORY, ROWS)))
-    text = run_blocks(backbone, hidden, ROWS, (MEMORY, ROWS))[:, :-MEMORY]
-    backbone.head(text)
-    backbone.log_probabilities(text, ids[:, : text.shape[1]])
-    shape = (1, backbone.kv_heads, ROWS + 64, backbone.head_dim)
-    caches = [KVCache(*(torch.empty(shape, dtype=dtype, device="meta") for _ in "kv")) for _ in backbone.blocks]
-    run_blocks(backbone, hidden, ROWS - 3, (ROWS - 4, ROWS - 3), caches)
-    backbone.head(run_blocks(backbone, backbone.embed(ids[:, :1], ROWS - 3), 1, (0, 1), caches))
+    executor.fold_with_scores(ids, memory, None, lengths)
+    logits, caches = executor.prefill(ids, memory, NEW_TOKENS, lengths)
+    executor.decode(logits.argmax(-1)[:, None], caches)
 
 
 def launches() -> Iterator[tuple[configs.Arch, str, str, Launch]]:
@@ -73,7 +82,8 @@ def launches() -> Iterator[tuple[configs.Arch, str, str, Launch]]:
         for dtype_name, (dtype, names) in DTYPES.items():
             for name in names:
                 with configs.assume(arch), recorded() as found:
-                    segment_step(name, dtype)
+                    segment_step(name, dtype, per_slot=False)
+                    segment_step(name, dtype, per_slot=True)
                 yield from ((arch, name, dtype_name, launch) for launch in found if launch not in seen)
                 seen |= set(found)
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
+from rmt_kernels.memory import Frame
+from rmt_kernels.per_slot import Count, Rows, added
 from torch import Tensor
 
 from rmt_engine.config import ALIGNMENTS, RMTConfig
@@ -41,27 +43,20 @@ class DecoderLayout:
 
     def __init__(self, num_mem_tokens: int):
         self.num_mem_tokens = num_mem_tokens
+        memory = tuple(~row for row in range(num_mem_tokens))
+        self._frames = {True: Frame(memory, memory), False: Frame(memory, ())}
 
-    def rows(self, text: int, write: bool = True) -> int:
-        return self.num_mem_tokens * (2 if write else 1) + text
+    def frame(self, write: bool = True) -> Frame:
+        """What stands around the text."""
+        return self._frames[write]
 
-    def memory_offsets(self, text: int, write: bool = True) -> tuple[int, ...]:
-        """First rows of the places that the memory state fills."""
-        return (0, self.num_mem_tokens + text) if write else (0,)
+    def rows(self, text: Count, write: bool = True) -> Count:
+        """Rows of a segment whose text has that length."""
+        return added(text, self.num_mem_tokens * (2 if write else 1))
 
-    def write_rows(self, text: int) -> tuple[int, int]:
-        """[start, end) of the rows whose final hidden state is the new memory state."""
-        return self.num_mem_tokens + text, 2 * self.num_mem_tokens + text
-
-    def text_rows(self, text: int) -> tuple[int, int]:
-        return self.num_mem_tokens, self.num_mem_tokens + text
-
-    def assemble(self, ids: Tensor, write: bool = True) -> Tensor:
-        """Text ids [B, L] -> row ids [B, T padded], 0 where memory or padding stands."""
-        batch, text = ids.shape
-        rows = ids.new_zeros(batch, padded(self.rows(text, write)))
-        rows[:, self.num_mem_tokens : self.num_mem_tokens + text] = ids
-        return rows
+    def write_rows(self, text: Count) -> Rows:
+        """The rows whose final hidden state is the new memory state, behind a text of that length."""
+        return Rows(added(text, self.num_mem_tokens), self.num_mem_tokens)
 
 
 class EncoderLayout:
@@ -71,25 +66,17 @@ class EncoderLayout:
         self.num_mem_tokens = num_mem_tokens
         self.cls_id = cls_id
         self.sep_id = sep_id
+        memory = tuple(~row for row in range(num_mem_tokens))
+        self._frame = Frame((cls_id, *memory, sep_id), (sep_id,))
 
-    def rows(self, text: int, write: bool = True) -> int:
-        return text + self.num_mem_tokens + 3
+    def frame(self, write: bool = True) -> Frame:
+        return self._frame
 
-    def memory_offsets(self, text: int, write: bool = True) -> tuple[int, ...]:
-        return (1,)
+    def rows(self, text: Count, write: bool = True) -> Count:
+        return added(text, self.num_mem_tokens + 3)
 
-    def write_rows(self, text: int) -> tuple[int, int]:
-        return 1, 1 + self.num_mem_tokens
-
-    def assemble(self, ids: Tensor, write: bool = True) -> Tensor:
-        batch, text = ids.shape
-        rows = ids.new_zeros(batch, padded(self.rows(text)))
-        start = self.num_mem_tokens + 2
-        rows[:, 0] = self.cls_id
-        rows[:, start - 1] = self.sep_id
-        rows[:, start : start + text] = ids
-        rows[:, start + text] = self.sep_id
-        return rows
+    def write_rows(self, text: Count) -> Rows:
+        return Rows(1, self.num_mem_tokens)
 
 
 Layout = DecoderLayout | EncoderLayout

@@ -14,7 +14,8 @@ from checkpoints_for_tests import TinyCheckpoint, tiny_decoder, tiny_encoder
 from reference import ReferenceDecoder, ReferenceEncoder
 from rmt_kernels import cpu_linear, dispatch, linear_residual, lm_head, memory, norm_linear, segment_attention
 from rmt_kernels.checks import dims
-from rmt_kernels.memory import Embeddings
+from rmt_kernels.memory import Embeddings, Frame
+from rmt_kernels.per_slot import Rows
 from rmt_kernels.segment_attention import AttentionSpec, KVCache
 from rmt_kernels.segment_attention.cpu import MASKS_KEPT, CausalMasks
 from rmt_kernels.weights import Linear, Norm
@@ -108,7 +109,7 @@ def test_qkv_apart_and_together_are_three_linears(sizes: dict[str, int], norm: s
     alone = [norm_linear.plan(layer, first, backend="ref")(hidden) for layer in layers]
     for apart, (start, end) in product((True, False), ((0, t), (5, 8), (t - 1, t))):
         qkv = norm_linear.plan_qkv(*layers, first, queries_apart=apart, backend=backend)
-        q, keys, values = qkv(hidden, (start, end))
+        q, keys, values = qkv(hidden, Rows(start, end - start))
         assert difference(q, alone[0][:, start:end]) <= FP32
         assert difference(keys, alone[1]) <= FP32
         assert difference(values, alone[2]) <= FP32
@@ -252,6 +253,17 @@ def random_embeddings(sizes: dict[str, int], *, positions: bool, norm: str) -> E
 MEMORIES = [named(B=1, T=16, M=1, V=11, E=7), named(B=3, T=32, M=5, V=97, E=60)]
 
 
+def frames(count: int) -> list[Frame]:
+    """A decoder's segment, its answering one, an encoder's, and one without order."""
+    memory = tuple(~row for row in range(count))
+    return [
+        Frame(memory, memory),
+        Frame(memory, ()),
+        Frame((3, *memory, 4), (4,)),
+        Frame((*memory[::-1], 2, *memory), (1, *memory)),
+    ]
+
+
 @pytest.mark.parametrize("positions, norm", [(True, "none"), (False, "none"), (True, "layer"), (False, "rms")])
 @pytest.mark.parametrize("sizes", MEMORIES)
 def test_read_memory(sizes: dict[str, int], positions: bool, norm: str) -> None:
@@ -264,11 +276,15 @@ def test_read_memory(sizes: dict[str, int], positions: bool, norm: str) -> None:
     tables = [table for table in (embeddings.tokens, embeddings.positions, embeddings.token_type) if table is not None]
     kept = [table.clone() for table in (*tables, state, ids)]
     ref, cpu = (memory.plan_read(embeddings, backend=backend) for backend in ("ref", "cpu"))
-    for offsets in ((0,), (1,), (0, t - m), (0, m)):
-        assert difference(cpu(ids, state, offsets), ref(ids, state, offsets)) <= FP32
+    for frame in frames(m):
+        text = ids[:, : t - len(frame.before) - len(frame.after)]
+        rows = ref(text, state, frame, t)
+        assert difference(cpu(text, state, frame, t), rows) <= FP32
         if norm == "none" and not positions:
-            rows = ref(ids, state, offsets)
-            assert all(torch.equal(rows[:, start : start + m], state) for start in offsets)
+            first = len(frame.before)
+            assert torch.equal(rows[:, first : first + text.shape[1]], embeddings.tokens[text])
+            for row, entry in enumerate(frame.before):
+                assert torch.equal(rows[:, row], state[:, ~entry] if entry < 0 else embeddings.tokens[[entry] * b])
     assert all(map(torch.equal, (*tables, state, ids), kept))
 
 
@@ -278,7 +294,7 @@ def test_embedding_a_row_is_reading_it_without_memory(sizes: dict[str, int], pos
     b, t, _, v, e = sizes.values()
     embeddings = random_embeddings(sizes, positions=positions, norm=norm)
     ids = torch.randint(0, v, (b, t), generator=torch.Generator().manual_seed(5))
-    whole = memory.plan_read(embeddings, backend="ref")(ids, torch.empty(b, 0, e), ())
+    whole = memory.plan_read(embeddings, backend="ref")(ids, torch.empty(b, 1, e), Frame((), (~0,)), t + 1)
     for backend in ("ref", "cpu"):
         embed = memory.plan_embed(embeddings, backend=backend)
         for start, end in ((0, t), (3, 4), (t - 1, t)):
@@ -486,10 +502,11 @@ def test_bf16_read_memory(norm: str) -> None:
         state = random(seed + 70, 2, 5, 60).bfloat16()
         ids = torch.randint(0, 97, (2, 32), generator=torch.Generator().manual_seed(seed))
         wide = Embeddings(*(table.float() for table in tables), norm=widened_norm(last))
-        truth = memory.plan_read(wide, backend="ref")(ids, state.float(), (1,))
-        ours = memory.plan_read(Embeddings(*tables, norm=last), backend="cpu")(ids, state, (1,))
+        frame = frames(5)[0]
+        truth = memory.plan_read(wide, backend="ref")(ids[:, 5:27], state.float(), frame, 32)
+        ours = memory.plan_read(Embeddings(*tables, norm=last), backend="cpu")(ids[:, 5:27], state, frame, 32)
         rows = F.embedding(ids, tables[0])
-        rows[:, 1:6] = state
+        rows[:, :5] = rows[:, 27:] = state
         plain = plain_norm(rows + tables[2] + tables[1][:32], last)  # in the order of Hugging Face's Bert
         return error(ours, truth), error(plain, truth)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from rmt_kernels import configs, linear_residual, lm_head, memory, norm_linear, segment_attention
 from rmt_kernels.configs import ARCHS, Arch, AttentionConfig, LinearConfig
-from rmt_kernels.memory import Embeddings
+from rmt_kernels.memory import Embeddings, Frame
 from rmt_kernels.segment_attention import AttentionSpec, KVCache
 from rmt_kernels.weights import Linear, Norm
 from torch import Tensor
@@ -75,7 +75,8 @@ def rotary_attention_and_decode() -> None:
 
 def embeddings() -> None:
     tables = Embeddings(meta(30522, 768), meta(512, 768), meta(768), norm())
-    memory.plan_read(tables, backend="triton")(meta(1, 512, dtype=torch.int64), meta(1, 10, 768), (1,))
+    frame = Frame((101, *(~row for row in range(10)), 102), (102,))
+    memory.plan_read(tables, backend="triton")(meta(1, 499, dtype=torch.int64), meta(1, 10, 768), frame, 512)
     memory.plan_write(norm(), backend="triton")(meta(1, 512, 768)[:, 1:11])
 
 

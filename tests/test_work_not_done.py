@@ -59,8 +59,9 @@ class Counted:
             if op == "segment_attention":
                 size = options["length"]
                 self.caches += options.get("cache") is not None
-            self.work.append((op, size, x.shape[:-1].numel()))
-            return planned(x, *rest, **options)
+            out = planned(x, *rest, **options)
+            self.work.append((op, size, (out if op == "nll" else out[..., 0]).numel()))
+            return out
 
         return run
 

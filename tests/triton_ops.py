@@ -14,11 +14,12 @@ from itertools import product
 from typing import Any
 
 import pytest
+import test_lengths
 import torch
 import torch.nn.functional as F
 from checkpoints_for_tests import tiny_decoder, tiny_encoder
 from rmt_kernels import dispatch, linear_residual, lm_head, memory, norm_linear, segment_attention, triton_linear
-from rmt_kernels.memory import Embeddings
+from rmt_kernels.memory import Embeddings, Frame
 from rmt_kernels.segment_attention import AttentionSpec, KVCache
 from rmt_kernels.weights import Linear, Norm
 from test_kernels import (
@@ -26,6 +27,7 @@ from test_kernels import (
     NORMS,
     check_error_rule,
     error,
+    frames,
     named,
     plain_activation,
     plain_norm,
@@ -255,10 +257,12 @@ def test_what_does_not_fit_is_refused() -> None:
         norm_linear.plan(Linear(torch.zeros(2, 2, dtype=torch.float64)), backend="triton")
     read = memory.plan_read(Embeddings(random(0, 5, 8), random(1, 8, 8)), backend="triton")
     ids = torch.zeros(1, 9, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match=r"^read_memory: expected at most 8 positions, got 0 \+ 9 rows$"):
-        read(ids, q[:, :2], (0,))
-    with pytest.raises(ValueError, match=r"^read_memory: backend 'triton' places the memory at most twice"):
-        read(ids[:, :8], q[:, :2], (0, 2, 4))
+    with pytest.raises(ValueError, match=r"^read_memory: expected at most 8 positions, got 0 \+ 11 rows$"):
+        read(ids, q[:, :2], Frame((~0, ~1), ()), 11)
+    with pytest.raises(ValueError, match=r"^read_memory: 11 rows of a segment do not fit rows=10$"):
+        read(ids, q[:, :2], Frame((~0, ~1), ()), 10)
+    with pytest.raises(ValueError, match=r"^memory: expected \[B=1, M=2, E\], got \[1, 3, 8\]$"):
+        read(ids, q[:, :3], Frame((~0, ~1), ()), 11)
 
 
 # --------------------------------------------------------------------------------------------------------- memory
@@ -275,8 +279,10 @@ def test_memory(sizes: dict[str, int], positions: bool, norm: str, dtype: torch.
     ids = torch.randint(0, v, (b, t), generator=torch.Generator().manual_seed(5)).to(DEVICE)
     state = random(6, b, m, e, dtype=dtype)
     ref, ours = both(memory.plan_read, embeddings)
-    for offsets in ((0,), (1,), (0, t - m), (0, m), ()):
-        assert_close(ours(ids, state, offsets), ref(ids, state, offsets))
+    for frame in frames(m) if m == 1 else frames(m)[::2]:
+        text = ids[:, : max(t - len(frame.before) - len(frame.after), 1)]
+        rows = len(frame.before) + text.shape[1] + len(frame.after)
+        assert_close(ours(text, state, frame, rows), ref(text, state, frame, rows))
     ref, ours = both(memory.plan_embed, embeddings)
     for start, end in ((0, t), (3, 4), (t - 1, t)):
         assert_close(ours(ids[:, start:end], start), ref(ids[:, start:end], start))
@@ -359,6 +365,32 @@ def test_generate_gives_the_same_tokens(kind: str) -> None:
     ids = torch.randint(5, 97, (11,), generator=torch.Generator().manual_seed(4))
     ours = generate(engine.executor, ids[None].to(DEVICE), engine.initial_memory(), 5, ())[0]
     assert ours == checkpoint.reference(SEGMENT).generate(ids, 5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_slots_of_different_lengths_give_what_each_gives_alone(kind: str) -> None:
+    """Padded and side by side against `ref`, each alone and without padding."""
+    ours, ref = (test_lengths.engine_of(kind, backend, DEVICE).executor for backend in ("triton", "ref"))
+    numbers, memory = [SEGMENT, 7], ours.initial_memory(2)
+    memory[1] *= -0.5
+    ids = test_lengths.texts(numbers, 10**9, DEVICE)
+    lengths = torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+    for step in test_lengths.steps_of(kind)[1 if kind == "bert" else 2 :]:
+        together = step(ours, ids, memory, lengths)
+        for b, length in enumerate(numbers):
+            alone = step(ref, ids[b : b + 1, :length], memory[b : b + 1], None)
+            for part, truth in zip(together, alone, strict=True):
+                assert test_lengths.difference(part[b : b + 1, : truth.shape[1]], truth) <= test_lengths.TOLERANCE
+
+
+def test_a_slot_of_its_own_length_has_the_same_bits_alone() -> None:
+    executor = test_lengths.engine_of("llama", "triton", DEVICE).executor
+    numbers, memory = [SEGMENT, 7], executor.initial_memory(2)
+    ids = test_lengths.texts(numbers, -(10**9), DEVICE)
+    lengths = torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+    together = executor.fold(ids, memory, lengths)
+    assert torch.equal(executor.fold(ids[1:], memory[1:], lengths[1:])[0], together[1])
+    assert not torch.equal(executor.fold(ids[1:], memory[1:], lengths[1:] - 1)[0], together[1])  # the control
 
 
 # -------------------------------------------------------------------------------------------- bits, and dispatch

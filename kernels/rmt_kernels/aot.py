@@ -26,7 +26,13 @@ from triton.runtime.jit import JITFunction
 
 from rmt_kernels.configs import SHARED_LIMIT, Arch
 
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
 DIVISOR = 16  # what Triton looks for in pointers (bytes) and integers
 REGISTERS, THREADS, RESERVED_SHARED = 65536, 2048, 1024  # of one multiprocessor; shared memory kept for each program
 SHARED_TOTAL: dict[Arch, int] = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}

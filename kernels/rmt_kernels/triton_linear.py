@@ -9,12 +9,15 @@ so the GEMM runs on x as it lies in memory, and mean and std are gathered from t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmt_kernels.configs import LinearConfig, arch_of, linear_config, split_k
+from rmt_kernels.configs import arch_of, linear_config, split_k
+from rmt_kernels.per_slot import Rows
 from rmt_kernels.triton_rows import NUMERICS, RowNorm, as_slots, check_dtype, normalize, on
 from rmt_kernels.weights import Activation, Linear, Norm
 
@@ -48,12 +51,24 @@ def load_weights(p_w, o_n, o_k, N: tl.constexpr, K: tl.constexpr, BN: tl.constex
 
 
 @triton.jit
+def places(o_row, slot_rows, p_starts, slot_stride, row_stride):
+    """Where rows of B slots of `slot_rows` each lie, which are a window of what is stored."""
+    i_b = o_row // slot_rows
+    i_t = o_row % slot_rows
+    if p_starts is not None:
+        i_t += tl.load(p_starts + i_b)
+    return i_b * slot_stride + i_t * row_stride
+
+
+@triton.jit
 def linear_kernel(
-    p_x,  # [B, T, K], rows anywhere
+    p_x,  # [B, ·, K], rows anywhere
+    p_x_starts,  # [B] int32: first row of each slot's window of x, or None
     p_w,  # [N, K]; gated: [2·N, K], gate rows first
     p_sums,  # [N] or [2·N] fp32: sums of the rows of w, for LayerNorm
     p_bias,  # [N] or [2·N] fp32
-    p_residual,  # [B, T, N], rows anywhere
+    p_residual,  # [B, ·, N], rows anywhere
+    p_residual_starts,  # [B] int32, as of x
     p_out,  # [B·T, N]; with SPLITS > 1 [SPLITS, B·T, N] fp32
     rows,  # B·T
     slot_rows,  # T
@@ -89,7 +104,7 @@ def linear_kernel(
     o_n = i_n * BN + tl.arange(0, BN)
     m_m = o_m < rows
     o_row = tl.minimum(o_m, rows - 1).to(tl.int64)  # rows past the end repeat the last one and are not stored
-    p_rows = p_x + (o_row // slot_rows * x_slot + o_row % slot_rows * x_row)[:, None]
+    p_rows = p_x + places(o_row, slot_rows, p_x_starts, x_slot, x_row)[:, None]
 
     acc = tl.zeros([BM, BN], dtype=tl.float32)
     up = tl.zeros([BM, BN], dtype=tl.float32)
@@ -137,7 +152,7 @@ def linear_kernel(
     acc = activate(acc, "silu") * up if GATED else activate(acc, ACTIVATION)
     m_out = m_m[:, None] & (o_n < N)[None, :]
     if RESIDUAL:
-        o_residual = o_row // slot_rows * residual_slot + o_row % slot_rows * residual_row
+        o_residual = places(o_row, slot_rows, p_residual_starts, residual_slot, residual_row)
         acc += tl.load(p_residual + o_residual[:, None] + o_n[None, :], mask=m_out, other=0.0).to(tl.float32)
     p_tile = p_out + i_split.to(tl.int64) * rows * N + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
     tl.store(p_tile, acc.to(p_out.dtype.element_ty), mask=m_out)
@@ -147,7 +162,8 @@ def linear_kernel(
 def finish_kernel(
     p_parts,  # [SPLITS, B·T, N] fp32
     p_bias,  # [N] fp32
-    p_residual,  # [B, T, N], rows anywhere
+    p_residual,  # [B, ·, N], rows anywhere
+    p_starts,  # [B] int32: first row of each slot's window of the residual, or None
     p_weight,  # [N], of the norm
     p_offset,  # [N], of the norm
     p_out,  # [B·T, N]
@@ -160,7 +176,6 @@ def finish_kernel(
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
     NORM: tl.constexpr,
-    OFFSET: tl.constexpr,
     BE: tl.constexpr,
 ):
     """norm(Σ parts + b + residual), the parts in their order."""
@@ -172,17 +187,34 @@ def finish_kernel(
         x += tl.load(p_parts + (i_split * rows + i_r) * N + o_n, mask=m_n, other=0.0)
     if BIAS:
         x += tl.load(p_bias + o_n, mask=m_n, other=0.0)
-    p_row = p_residual + i_r // slot_rows * residual_slot + i_r % slot_rows * residual_row
+    p_row = p_residual + places(i_r, slot_rows, p_starts, residual_slot, residual_row)
     x += tl.load(p_row + o_n, mask=m_n, other=0.0).to(tl.float32)
-    x = normalize(x, m_n, p_weight, p_offset, o_n, eps, N, NORM, OFFSET)
+    x = normalize(x, m_n, p_weight, p_offset, o_n, eps, N, NORM)
     tl.store(p_out + i_r * N + o_n, x.to(p_out.dtype.element_ty), mask=m_n)
 
 
 GROUP = 8
 
 
+@dataclass(frozen=True, eq=False)
+class Window:
+    """`rows` rows of each slot of x [B, ·, K], from the row starts[b] on (None: from the first)."""
+
+    x: Tensor
+    starts: Tensor | None
+    rows: int
+
+    @classmethod
+    def of(cls, x: Tensor, rows: Rows | None) -> Window:
+        if rows is None:
+            slots = as_slots(x)
+            return cls(slots, None, slots.shape[1])
+        narrowed, starts = rows.narrowed(x)
+        return cls(as_slots(narrowed), starts, rows.count)
+
+
 class TritonLinear:
-    """f(x [..., K]) = act(norm(x) Wᵀ + b) [..., N], or norm'(residual + x Wᵀ + b) with `add`."""
+    """f(x, rows=None), as `NormLinear`; or norm'(residual + x Wᵀ + b) with `add`, as `LinearResidual`."""
 
     def __init__(self, layer: Linear, norm: Norm | None = None, activation: Activation = "none"):
         check_dtype("weight", layer.weight)
@@ -200,85 +232,88 @@ class TritonLinear:
         self.bias = None if offset is None else offset.float()
         self.outputs = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
 
-    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        rows, config = self._prepare(x)
-        out = torch.empty((*x.shape[:-1], self.outputs), dtype=out_dtype or x.dtype, device=x.device)
-        self._launch(rows, config, out, bias=self.bias)
+    def __call__(self, x: Tensor, rows: Rows | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+        window = self._window(x, rows)
+        shape = x.shape[:-1] if rows is None else (x.shape[0], rows.count)
+        out = torch.empty((*shape, self.outputs), dtype=out_dtype or x.dtype, device=x.device)
+        self._launch(window, out, bias=self.bias)
         return out
 
-    def add(self, x: Tensor, residual: Tensor, post: RowNorm) -> Tensor:
-        """norm'(residual [..., N] + x Wᵀ + b)."""
-        rows, config = self._prepare(x)
-        others = as_slots(residual)
+    def add(self, x: Tensor, residual: Tensor, post: RowNorm, rows: Rows | None = None) -> Tensor:
+        """norm'(residual + x Wᵀ + b)."""
+        window, others = self._window(x, None), Window.of(residual, rows)
         out = torch.empty((*x.shape[:-1], self.outputs), dtype=x.dtype, device=x.device)
-        slot_rows = rows.shape[1]
+        slot_rows = window.rows
+        if (others.x.shape[0], others.rows, others.x.shape[2]) != (window.x.shape[0], slot_rows, self.outputs):
+            raise ValueError(f"linear: rows of {list(x.shape)} do not match the residual {list(residual.shape)}")
+        config = linear_config(arch_of(x.device), x.dtype, slot_rows)
         splits = split_k(arch_of(x.device), config, slot_rows, *self.weight.shape)
         if splits == 1 and post.kind == "none":
-            self._launch(rows, config, out, bias=self.bias, residual=others)
+            self._launch(window, out, bias=self.bias, residual=others)
             return out
-        parts = torch.empty((splits, rows.shape[0] * slot_rows, self.outputs), dtype=torch.float32, device=x.device)
-        self._launch(rows, config, parts, splits=splits)
+        parts = torch.empty((splits, window.x.shape[0] * slot_rows, self.outputs), dtype=torch.float32, device=x.device)
+        self._launch(window, parts, splits=splits)
         with on(x.device):
             finish_kernel[(parts.shape[1],)](
                 parts,
                 self.bias,
-                others,
+                others.x,
+                others.starts,
                 post.weight,
                 post.bias,
                 out,
                 parts.shape[1],
                 slot_rows,
-                others.stride(0),
-                others.stride(1),
+                others.x.stride(0),
+                others.x.stride(1),
                 post.eps,
                 N=self.outputs,
                 SPLITS=splits,
                 BIAS=self.bias is not None,
                 NORM=post.kind,
-                OFFSET=post.bias is not None,
                 BE=post.block,
                 **post.options,
             )
         return out
 
-    def _prepare(self, x: Tensor) -> tuple[Tensor, LinearConfig]:
+    def _window(self, x: Tensor, rows: Rows | None) -> Window:
         inputs, dtype = self.weight.shape[1], self.weight.dtype
         if x.dtype != dtype or x.shape[-1] != inputs:
             raise ValueError(f"linear: expected [..., {inputs}] in {dtype}, got {list(x.shape)} in {x.dtype}")
-        rows = as_slots(x)
-        return rows, linear_config(arch_of(x.device), x.dtype, rows.shape[1])
+        return Window.of(x, rows)
 
     def _launch(
         self,
-        x: Tensor,
-        config: LinearConfig,
+        window: Window,
         out: Tensor,
         *,
         bias: Tensor | None = None,
-        residual: Tensor | None = None,
+        residual: Window | None = None,
         splits: int = 1,
     ) -> None:
-        batch, slot_rows, inputs = x.shape
-        rows = batch * slot_rows
+        x, rows = window.x, window.x.shape[0] * window.rows
+        config = linear_config(arch_of(x.device), x.dtype, window.rows)
         block_n = config.block_n // 2 if self.activation == "swiglu" else config.block_n
         tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(self.outputs, block_n)
         with on(x.device):
             linear_kernel[(tiles, splits)](
                 x,
+                window.starts,
                 self.weight,
                 self.sums,
                 bias,
-                residual,
+                None if residual is None else residual.x,
+                None if residual is None else residual.starts,
                 out,
                 rows,
-                slot_rows,
+                window.rows,
                 x.stride(0),
                 x.stride(1),
-                0 if residual is None else residual.stride(0),
-                0 if residual is None else residual.stride(1),
+                0 if residual is None else residual.x.stride(0),
+                0 if residual is None else residual.x.stride(1),
                 self.eps,
                 N=self.outputs,
-                K=inputs,
+                K=x.shape[2],
                 NORM=self.norm,
                 ACTIVATION=self.activation,
                 BIAS=bias is not None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rmt_kernels.configs import WIDEST_ROW, row_warps
+from rmt_kernels.per_slot import Count, PerSlot, Rows
 from rmt_kernels.weights import Norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,20 +31,25 @@ def as_slots(x: Tensor) -> Tensor:
     return slots if slots.stride(-1) == 1 or slots.shape[-1] == 1 else slots.contiguous()
 
 
+def parts_of(count: Count) -> tuple[Tensor | None, int]:
+    """What a kernel adds up: numbers of the slots [B], or None, and a number."""
+    return (count.slots, count.plus) if isinstance(count, PerSlot) else (None, count)
+
+
 def check_dtype(op: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{op}: expected float32, bfloat16 or float16, got {tensor.dtype}")
 
 
 @triton.jit
-def normalize(x, m_e, p_weight, p_bias, o_e, eps, E: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr):
+def normalize(x, m_e, p_weight, p_bias, o_e, eps, E: tl.constexpr, NORM: tl.constexpr):
     """LayerNorm or RMSNorm of one row x [BE] in fp32; lanes outside of m_e are zero before and anything after."""
     if NORM != "none":
         if NORM == "layer":
             x = tl.where(m_e, x - tl.sum(x, 0) / E, 0.0)
         x = x * tl.rsqrt(tl.sum(x * x, 0) / E + eps)
         x = x * tl.load(p_weight + o_e, mask=m_e, other=0.0).to(tl.float32)
-        if BIAS:
+        if p_bias is not None:
             x += tl.load(p_bias + o_e, mask=m_e, other=0.0).to(tl.float32)
     return x
 
@@ -54,21 +60,25 @@ def norm_rows_kernel(
     p_weight,  # [E]
     p_bias,  # [E]
     p_out,  # [B·T, E]
-    slot_rows,  # T
+    p_starts,  # [B] int32: first row of each slot's window, or None
+    slot_rows,  # T, or those of the window
     x_slot,
     x_row,
     eps,
     E: tl.constexpr,
     NORM: tl.constexpr,
-    BIAS: tl.constexpr,
     BE: tl.constexpr,
 ):
     i_r = tl.program_id(0).to(tl.int64)
     o_e = tl.arange(0, BE)
     m_e = o_e < E
-    p_row = p_x + i_r // slot_rows * x_slot + i_r % slot_rows * x_row
+    i_b = i_r // slot_rows
+    i_t = i_r % slot_rows
+    if p_starts is not None:
+        i_t += tl.load(p_starts + i_b)
+    p_row = p_x + i_b * x_slot + i_t * x_row
     x = tl.load(p_row + o_e, mask=m_e, other=0.0).to(tl.float32)
-    x = normalize(x, m_e, p_weight, p_bias, o_e, eps, E, NORM, BIAS)
+    x = normalize(x, m_e, p_weight, p_bias, o_e, eps, E, NORM)
     tl.store(p_out + i_r * E + o_e, x.to(p_out.dtype.element_ty), mask=m_e)
 
 
@@ -86,31 +96,46 @@ class RowNorm:
         self.options = {"num_warps": row_warps(width), **NUMERICS}
 
 
-def plan_norm(norm: Norm) -> Callable[[Tensor], Tensor]:
-    """-> f(x [..., E]) -> a new [..., E], contiguous: the norm of every row."""
-    width = norm.weight.shape[0]
-    plan = RowNorm(norm, width)
+class NormRows:
+    """f(x [..., E], rows=None, out=None) -> [..., E], contiguous: the norm of every row, or of a window of them."""
 
-    def normalize_rows(x: Tensor) -> Tensor:
+    def __init__(self, norm: Norm):
+        self.width = norm.weight.shape[0]
+        self.plan = RowNorm(norm, self.width)
+
+    def __call__(self, hidden: Tensor, rows: Rows | None = None, out: Tensor | None = None) -> Tensor:
+        x = hidden
         check_dtype("norm", x)
-        rows = as_slots(x)
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        plan, shape = self.plan, x.shape if rows is None else (x.shape[0], rows.count, self.width)
+        narrowed, starts = (x, None) if rows is None else rows.narrowed(x)
+        slots = as_slots(narrowed)
+        slot_rows = slots.shape[1] if rows is None else rows.count
+        out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else checked_out(out, shape, x.dtype)
         with on(x.device):
-            norm_rows_kernel[(rows.shape[0] * rows.shape[1],)](
-                rows,
+            norm_rows_kernel[(slots.shape[0] * slot_rows,)](
+                slots,
                 plan.weight,
                 plan.bias,
                 out,
-                rows.shape[1],
-                rows.stride(0),
-                rows.stride(1),
+                starts,
+                slot_rows,
+                slots.stride(0),
+                slots.stride(1),
                 plan.eps,
-                E=width,
+                E=self.width,
                 NORM=plan.kind,
-                BIAS=plan.bias is not None,
                 BE=plan.block,
                 **plan.options,
             )
         return out
 
-    return normalize_rows
+
+def checked_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`out` itself, which a kernel fills row by row."""
+    if tuple(out.shape) != tuple(shape) or out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(f"out: expected a contiguous {list(shape)} in {dtype}, got {list(out.shape)} in {out.dtype}")
+    return out
+
+
+def plan_norm(norm: Norm) -> NormRows:
+    return NormRows(norm)

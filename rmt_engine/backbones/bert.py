@@ -7,6 +7,7 @@ from typing import Any
 
 from rmt_kernels import linear_residual, memory, norm_linear, segment_attention
 from rmt_kernels.memory import Embeddings
+from rmt_kernels.per_slot import Count, Rows
 from rmt_kernels.segment_attention import AttentionSpec, KVCache
 from rmt_kernels.weights import Linear, Norm
 from torch import Tensor
@@ -82,10 +83,10 @@ class BertBlock:
             _linear(weights, f"{name}output.dense"), _norm(config, weights, f"{name}output.LayerNorm"), backend=backend
         )
 
-    def __call__(self, hidden: Tensor, length: int, rows: tuple[int, int], cache: KVCache | None) -> Tensor:
+    def __call__(self, hidden: Tensor, length: Count, rows: Rows, cache: KVCache | None) -> Tensor:
         q, k, v = self.qkv(hidden, rows)
-        attended = self.attention(q, k, v, length=length, start=rows[0], cache=cache)
-        hidden = self.attention_out(attended, hidden[:, rows[0] : rows[1]])
+        attended = self.attention(q, k, v, length=length, start=rows.start, cache=cache)
+        hidden = self.attention_out(attended, hidden, rows)
         return self.mlp_out(self.mlp_in(hidden), hidden)
 
 

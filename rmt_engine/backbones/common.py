@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import torch
 from rmt_kernels.lm_head import LMHead, LogProbabilities
-from rmt_kernels.memory import ReadMemory, WriteMemory
+from rmt_kernels.memory import Embed, ReadMemory, WriteMemory
+from rmt_kernels.per_slot import Count, Rows
 from rmt_kernels.segment_attention import KVCache
 from torch import Tensor
 
@@ -19,9 +20,9 @@ Weights = Mapping[str, Tensor]
 
 
 class Block(Protocol):
-    """One layer: hidden [B, T, E] -> hidden of the rows [start, end) asked for."""
+    """One layer: hidden [B, T, E], of which `length` rows of a slot are real -> hidden [B, R, E] of `rows`."""
 
-    def __call__(self, hidden: Tensor, length: int, rows: tuple[int, int], cache: KVCache | None) -> Tensor: ...
+    def __call__(self, hidden: Tensor, length: Count, rows: Rows, cache: KVCache | None) -> Tensor: ...
 
 
 class Backbone(Protocol):
@@ -30,23 +31,21 @@ class Backbone(Protocol):
     kv_heads: int
     head_dim: int
     blocks: Sequence[Block]
-    read_memory: ReadMemory  # (row_ids [B, T], memory [B, M, E], offsets) -> hidden [B, T, E]
-    write_memory: WriteMemory  # hidden [B, M, E] of the write rows -> memory state [B, M, E]
+    read_memory: ReadMemory  # (ids [B, L], memory [B, M, E], frame, T, lengths) -> hidden [B, T, E]
+    embed: Embed  # (ids [B, R], first position) -> hidden [B, R, E]
+    write_memory: WriteMemory  # (hidden [B, R, E], rows, out) -> memory state [B, M, E]
     head: LMHead  # hidden [B, R, E] -> logits [B, R, V]; a classifier: hidden of [CLS] [B, E] -> logits [B, C]
     log_probabilities: LogProbabilities  # decoders: hidden [B, R, E], ids [B, R] -> log-probability of each id [B, R]
 
-    def embed(self, ids: Tensor, position: int) -> Tensor:
-        """ids [B, R] at positions position, position+1, … -> hidden [B, R, E]."""
-
 
 def run_blocks(
-    backbone: Backbone, hidden: Tensor, length: int, rows: tuple[int, int], caches: Sequence[KVCache] | None = None
+    backbone: Backbone, hidden: Tensor, length: Count, rows: Rows, caches: Sequence[KVCache] | None = None
 ) -> Tensor:
-    """All layers over hidden [B, T, E] with `length` real rows -> hidden [B, end-start, E] of `rows`.
+    """All layers over hidden [B, T, E] with `length` real rows -> hidden [B, R, E] of `rows`.
 
     The last layer computes queries, output projection and MLP for `rows` alone.
     """
-    everything = (0, hidden.shape[1])
+    everything = Rows(0, hidden.shape[1])
     last = len(backbone.blocks) - 1
     for index, block in enumerate(backbone.blocks):
         cache = caches[index] if caches is not None else None

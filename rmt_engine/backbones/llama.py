@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rmt_kernels import linear_residual, lm_head, memory, norm_linear, segment_attention
 from rmt_kernels.memory import Embeddings
+from rmt_kernels.per_slot import Count, Rows
 from rmt_kernels.segment_attention import AttentionSpec, KVCache
 from rmt_kernels.weights import Linear, Norm
 from torch import Tensor
@@ -108,10 +109,10 @@ class LlamaBlock:
         self.mlp_in = norm_linear.plan(norm_linear.stack(gate, up), mlp_norm, "swiglu", backend=backend)
         self.mlp_out = linear_residual.plan(down, backend=backend)
 
-    def __call__(self, hidden: Tensor, length: int, rows: tuple[int, int], cache: KVCache | None) -> Tensor:
+    def __call__(self, hidden: Tensor, length: Count, rows: Rows, cache: KVCache | None) -> Tensor:
         q, k, v = self.qkv(hidden, rows)
-        attended = self.attention(q, k, v, length=length, start=rows[0], cache=cache)
-        hidden = self.attention_out(attended, hidden[:, rows[0] : rows[1]])
+        attended = self.attention(q, k, v, length=length, start=rows.start, cache=cache)
+        hidden = self.attention_out(attended, hidden, rows)
         return self.mlp_out(self.mlp_in(hidden), hidden)
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from rmt_kernels.cpu_linear import PackedLinear
+from rmt_kernels.linear_residual import LinearResidual
 from rmt_kernels.norm_linear.cpu import plan_norm
+from rmt_kernels.per_slot import Rows
 from rmt_kernels.weights import Linear, Norm
 
 
-def plan(layer: Linear, post_norm: Norm | None) -> Callable[[Tensor, Tensor], Tensor]:
-    packed = PackedLinear(layer)
-    if post_norm is None:
-        return packed.add
-    normalize = plan_norm(post_norm)
-    return lambda x, residual: normalize(packed.add(x, residual))
+def plan(layer: Linear, post_norm: Norm | None) -> LinearResidual:
+    packed, normalize = PackedLinear(layer), plan_norm(post_norm)
+
+    def linear_residual(x: Tensor, residual: Tensor, rows: Rows | None = None) -> Tensor:
+        return normalize(packed.add(x, residual if rows is None else rows.of(residual)))
+
+    return linear_residual

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
+from rmt_kernels.linear_residual import LinearResidual
 from rmt_kernels.norm_linear.ref import linear, normalize
+from rmt_kernels.per_slot import Rows
 from rmt_kernels.weights import Linear, Norm
 
 
-def plan(layer: Linear, post_norm: Norm | None) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x, residual: normalize(residual.float() + linear(x.float(), layer), post_norm).to(x.dtype)
+def plan(layer: Linear, post_norm: Norm | None) -> LinearResidual:
+    def linear_residual(x: Tensor, residual: Tensor, rows: Rows | None = None) -> Tensor:
+        chosen = residual if rows is None else rows.of(residual)
+        return normalize(chosen.float() + linear(x.float(), layer), post_norm).to(x.dtype)
+
+    return linear_residual

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -10,8 +11,14 @@ from rmt_kernels.dispatch import implementation
 from rmt_kernels.weights import Linear, Norm
 
 LMHead = Callable[[Tensor], Tensor]
-# f(hidden [B, R, E], targets int64 [B, R]) -> log-probability of each target, fp32 [B, R]
-LogProbabilities = Callable[[Tensor, Tensor], Tensor]
+
+
+class LogProbabilities(Protocol):
+    def __call__(self, hidden: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """hidden [B, R, E], targets int64 [B, R] -> log-probability of each target, fp32 [B, R].
+
+        A target of -1 asks for nothing and gives 0, and so does one behind its slot's length (int32 [B]; None: R).
+        """
 
 
 def plan(linear: Linear, norm: Norm | None, *, backend: str) -> LMHead:
@@ -20,8 +27,8 @@ def plan(linear: Linear, norm: Norm | None, *, backend: str) -> LMHead:
 
 
 def plan_nll(linear: Linear, norm: Norm | None, *, backend: str) -> LogProbabilities:
-    """-> f(hidden [B, R, E], targets int64 [B, R]) -> log-probabilities [B, R] in fp32, minus the NLL.
+    """-> f(hidden, targets, lengths=None), minus the NLL; see `LogProbabilities`.
 
-    targets are ids in 0..V-1; -1 asks for nothing and gives 0. `ref` holds the logits [B, R, V], `cpu` a tile of them.
+    `ref` holds the logits [B, R, V], `cpu` a tile of them, `triton` none.
     """
     return implementation("lm_head", backend).plan_nll(linear, norm)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rmt_kernels.cpu_linear import padded_rows
 from rmt_kernels.lm_head import LMHead, LogProbabilities
+from rmt_kernels.lm_head.ref import asked
 from rmt_kernels.norm_linear.cpu import plan_norm
 from rmt_kernels.weights import Linear, Norm
 
@@ -32,7 +33,8 @@ def plan_nll(layer: Linear, norm: Norm | None) -> LogProbabilities:
     biases = [None] * layer.weight.shape[0] if layer.bias is None else layer.bias.split(TILE_COLUMNS)
     tiles = [Linear(*pair) for pair in zip(layer.weight.split(TILE_COLUMNS), biases, strict=False)]
 
-    def log_probabilities(hidden: Tensor, targets: Tensor) -> Tensor:
+    def log_probabilities(hidden: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
+        targets = asked(targets, lengths)
         missing = -targets.numel() % TILE_ROWS
         rows = F.pad(normalize(hidden).flatten(0, 1), (0, 0, 0, missing))
         flat = F.pad(targets.flatten(), (0, missing), value=-1)

@@ -11,7 +11,7 @@ from rmt_kernels.checks import dims
 from rmt_kernels.configs import arch_of, linear_config
 from rmt_kernels.lm_head import LMHead, LogProbabilities
 from rmt_kernels.triton_linear import TritonLinear, load_weights
-from rmt_kernels.triton_rows import NUMERICS, check_dtype, on, plan_norm
+from rmt_kernels.triton_rows import NUMERICS, NormRows, check_dtype, on
 from rmt_kernels.weights import Linear, Norm
 
 # Columns of the vocabulary that one program sums. Fixed, so that the order of a sum does not depend on the rows.
@@ -73,15 +73,17 @@ def nll_kernel(
 @triton.jit
 def join_nll_kernel(
     p_targets,  # [R] int64
+    p_lengths,  # [B] int32, or None: of every slot's rows, how many are asked for
     p_maximum,  # [parts, R] fp32
     p_weight,
     p_chosen,
     p_out,  # [R] fp32
     rows,
+    slot_rows,
     parts,
     BM: tl.constexpr,
 ):
-    """Log-probabilities of the targets from the parts of the vocabulary, in their order; 0 for a target of -1."""
+    """Log-probabilities of the targets from the parts of the vocabulary, in their order; 0 where none is asked for."""
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     m_m = o_m < rows
     maximum = tl.load(p_maximum + o_m, mask=m_m, other=0.0)
@@ -95,12 +97,15 @@ def join_nll_kernel(
         chosen += tl.load(p_chosen + i * rows + o_m, mask=m_m, other=0.0)
         maximum = higher
     probability = chosen - 0.6931471805599453 * (maximum + tl.log2(weight))
-    probability = tl.where(tl.load(p_targets + o_m, mask=m_m, other=-1) < 0, 0.0, probability)
+    nothing = tl.load(p_targets + o_m, mask=m_m, other=-1) < 0
+    if p_lengths is not None:
+        nothing = nothing | (o_m % slot_rows >= tl.load(p_lengths + o_m // slot_rows, mask=m_m, other=0))
+    probability = tl.where(nothing, 0.0, probability)
     tl.store(p_out + o_m, probability, mask=m_m)
 
 
 def plan(layer: Linear, norm: Norm | None) -> LMHead:
-    linear, normalize = TritonLinear(layer), norm and plan_norm(norm)
+    linear, normalize = TritonLinear(layer), norm and NormRows(norm)
 
     def logits(hidden: Tensor) -> Tensor:
         return linear(normalize(hidden) if normalize else hidden, out_dtype=torch.float32)
@@ -110,16 +115,18 @@ def plan(layer: Linear, norm: Norm | None) -> LMHead:
 
 def plan_nll(layer: Linear, norm: Norm | None) -> LogProbabilities:
     check_dtype("weight", layer.weight)
-    normalize = norm and plan_norm(norm)
+    normalize = norm and NormRows(norm)
     weight = layer.weight.contiguous()
     vocabulary, width = weight.shape
     parts = triton.cdiv(vocabulary, PART_COLUMNS)
 
-    def log_probabilities(hidden: Tensor, targets: Tensor) -> Tensor:
+    def log_probabilities(hidden: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
         bound = dims("hidden", hidden, "B R E", E=width)
         dims("targets", targets, "B R", **bound)
         x = (normalize(hidden) if normalize else hidden).contiguous()
         targets = targets.contiguous()
+        if lengths is not None:
+            dims("lengths", lengths, "B", B=bound["B"])
         config = linear_config(arch_of(x.device), x.dtype, bound["R"])
         rows = targets.numel()
         out = torch.empty(targets.shape, dtype=torch.float32, device=x.device)
@@ -146,7 +153,18 @@ def plan_nll(layer: Linear, norm: Norm | None) -> LogProbabilities:
                 **NUMERICS,
             )
             join_nll_kernel[(triton.cdiv(rows, JOINED_ROWS),)](
-                targets, maximum, weights, chosen, out, rows, parts, BM=JOINED_ROWS, num_warps=2, **NUMERICS
+                targets,
+                lengths,
+                maximum,
+                weights,
+                chosen,
+                out,
+                rows,
+                bound["R"],
+                parts,
+                BM=JOINED_ROWS,
+                num_warps=2,
+                **NUMERICS,
             )
         return out
 

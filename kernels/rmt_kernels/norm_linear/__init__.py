@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rmt_kernels.dispatch import implementation
+from rmt_kernels.per_slot import PerSlot, Rows
 from rmt_kernels.weights import Activation, Linear, Norm
 
-NormLinear = Callable[[Tensor], Tensor]
-# f(hidden [B, T, E], (start, end)) -> q of those rows [B, end-start, ·], k and v of all rows [B, T, ·]
-QKV = Callable[[Tensor, tuple[int, int]], tuple[Tensor, Tensor, Tensor]]
+# f(hidden [B, T, E], rows) -> q of those rows [B, R, ·], k and v of all rows [B, T, ·]
+QKV = Callable[[Tensor, Rows], tuple[Tensor, Tensor, Tensor]]
+
+
+class NormLinear(Protocol):
+    def __call__(self, x: Tensor, rows: Rows | None = None) -> Tensor:
+        """act(norm(x) Wᵀ + b): x [..., K] -> [..., N]. With rows, of that window of x [B, T, K] -> [B, R, N]."""
 
 
 def plan(linear: Linear, norm: Norm | None = None, activation: Activation = "none", *, backend: str) -> NormLinear:
-    """-> f(x [..., K]) = act(norm(x) Wᵀ + b) [..., N]; `swiglu` gives silu(gate)·up [..., N / 2]. Same dtype out."""
+    """-> f(x, rows=None); see `NormLinear`. `swiglu` gives silu(gate)·up [..., N / 2]. Same dtype out."""
     return implementation("norm_linear", backend).plan(linear, norm, activation)
 
 
@@ -34,16 +40,18 @@ def plan_qkv(q: Linear, k: Linear, v: Linear, norm: Norm | None, *, queries_apar
         query = plan(q, norm, backend=backend)
         key_value = plan(stack(k, v), norm, backend=backend)
 
-        def project_apart(hidden: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        def project_apart(hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
             keys, values = key_value(hidden).split(widths[1:], dim=-1)
-            return query(hidden[:, rows[0] : rows[1]]), keys, values
+            if isinstance(rows.start, PerSlot):
+                return query(hidden, rows), keys, values
+            return query(rows.of(hidden)), keys, values
 
         return project_apart
 
     together = plan(stack(q, k, v), norm, backend=backend)
 
-    def project(hidden: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         queries, keys, values = together(hidden).split(widths, dim=-1)
-        return queries[:, rows[0] : rows[1]], keys, values
+        return rows.of(queries), keys, values
 
     return project

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rmt_kernels.cpu_linear import PackedLinear
+from rmt_kernels.norm_linear import NormLinear
+from rmt_kernels.per_slot import Rows
 from rmt_kernels.weights import Activation, Linear, Norm
 
 
@@ -26,16 +28,16 @@ def _halves(layer: Linear) -> tuple[Linear, Linear]:
     return Linear(gate, biases[0]), Linear(up, biases[1])
 
 
-def plan(layer: Linear, norm: Norm | None, activation: Activation) -> Callable[[Tensor], Tensor]:
+def plan(layer: Linear, norm: Norm | None, activation: Activation) -> NormLinear:
     normalize = plan_norm(norm)
     if activation != "swiglu":
         packed = PackedLinear(layer, activation)
-        return lambda x: packed(normalize(x))
+        return lambda x, rows=None: packed(normalize(x if rows is None else rows.of(x)))
     gate_layer, up_layer = _halves(layer)
     gate, up = PackedLinear(gate_layer, "silu"), PackedLinear(up_layer)
 
-    def swiglu(x: Tensor) -> Tensor:
-        x = normalize(x)
+    def swiglu(x: Tensor, rows: Rows | None = None) -> Tensor:
+        x = normalize(x if rows is None else rows.of(x))
         return up.multiply(x, gate(x))
 
     return swiglu

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rmt_kernels.norm_linear import NormLinear
+from rmt_kernels.per_slot import Rows
 from rmt_kernels.weights import Activation, Linear, Norm
 
 
@@ -41,5 +43,9 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
     return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
 
-def plan(layer: Linear, norm: Norm | None, activation: Activation) -> Callable[[Tensor], Tensor]:
-    return lambda x: activate(linear(normalize(x, norm), layer), activation).to(x.dtype)
+def plan(layer: Linear, norm: Norm | None, activation: Activation) -> NormLinear:
+    def norm_linear(x: Tensor, rows: Rows | None = None) -> Tensor:
+        chosen = x if rows is None else rows.of(x)
+        return activate(linear(normalize(chosen, norm), layer), activation).to(x.dtype)
+
+    return norm_linear

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
+from rmt_kernels.norm_linear import NormLinear
 from rmt_kernels.triton_linear import TritonLinear
 from rmt_kernels.weights import Activation, Linear, Norm
 
 
-def plan(layer: Linear, norm: Norm | None, activation: Activation) -> Callable[[Tensor], Tensor]:
+def plan(layer: Linear, norm: Norm | None, activation: Activation) -> NormLinear:
     return TritonLinear(layer, norm, activation)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from rmt_kernels.checks import dims
 from rmt_kernels.configs import KEYS_APART, AttentionConfig, arch_of, attention_config, few
+from rmt_kernels.per_slot import Count, added
 from rmt_kernels.segment_attention import AttentionSpec, KVCache, SegmentAttention
-from rmt_kernels.triton_rows import NUMERICS, as_slots, check_dtype, on
+from rmt_kernels.triton_rows import NUMERICS, as_slots, check_dtype, on, parts_of
 
 # what is rotated inside the attention kernel
 NOTHING, QUERIES, QUERIES_AND_KEYS = 0, 1, 2
@@ -115,6 +116,8 @@ def attention_kernel(
     p_out,  # [B, R, H·D]; apart: [parts, B, R, H, D] fp32
     p_maximum,  # apart: [parts, B, R, H] fp32
     p_weight,
+    p_lengths,  # [B] int32, or None: added to `length`
+    p_starts,  # [B] int32, or None: added to `start`
     query_rows,  # R
     length,  # keys
     start,  # position of the first query row
@@ -148,6 +151,10 @@ def attention_kernel(
     o_r = o_packed // GROUPS
     o_head = i_head * GROUPS + o_packed % GROUPS
     m_r = o_r < query_rows
+    if p_lengths is not None:
+        length += tl.load(p_lengths + i_b)
+    if p_starts is not None:
+        start += tl.load(p_starts + i_b)
     o_position = start + o_r
     p_rows = p_q + i_b * q_slot + (o_r * q_row + o_head * D)[:, None]
     p_k += i_b * k_slot + i_head * k_head
@@ -239,8 +246,11 @@ def append_kernel(
     p_sin,
     p_keys,  # [B, H_kv, P, D]
     p_values,
-    rows,  # R
+    p_lengths,  # [B] int32, or None: added to `rows`
+    p_pasts,  # [B] int32, or None: added to `past`
+    rows,  # how many are real
     past,
+    room,  # P
     k_slot,
     k_row,
     v_slot,
@@ -258,7 +268,11 @@ def append_kernel(
     i_head = tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)
     o_d = tl.arange(0, BD)
-    m_tile = (o_r < rows)[:, None] & (o_d < D)[None, :]
+    if p_lengths is not None:
+        rows += tl.load(p_lengths + i_b)
+    if p_pasts is not None:
+        past += tl.load(p_pasts + i_b)
+    m_tile = ((o_r < rows) & (past + o_r < room))[:, None] & (o_d < D)[None, :]
     p_row = p_k + i_b * k_slot + (o_r * k_row + i_head * D)[:, None]
     k = tl.load(p_row + o_d[None, :], mask=m_tile, other=0.0)
     if ROTATED:
@@ -293,7 +307,7 @@ class TritonAttention:
         self.table_row = 0 if self.cos is None else self.cos.stride(0)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, length: int, start: int = 0, cache: KVCache | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, *, length: Count, start: Count = 0, cache: KVCache | None = None
     ) -> Tensor:
         spec = self.spec
         check_dtype("attention", q)
@@ -301,23 +315,30 @@ class TritonAttention:
         bound = dims("q", q, "B R E", E=spec.heads * spec.head_dim)
         bound = dims("k", k, "B T K", B=bound["B"], K=spec.kv_heads * spec.head_dim)
         dims("v", v, "B T K", **bound)
-        past = 0 if cache is None else cache.length
-        if not 1 <= length <= k.shape[1]:
-            raise ValueError(f"attention: length={length}: expected 1..{k.shape[1]}, the rows of k")
-        last = past + max(start + q.shape[1], length)
-        if self.cos is not None and last > self.cos.shape[0]:
-            raise ValueError(f"attention: row {last - 1} has no rotary position; there are {self.cos.shape[0]}")
+        past: Count = 0 if cache is None else cache.length
+        self._check(q.shape[1], k.shape[1], length, start, past)
+        first = added(past, start)
         with on(q.device):
             if cache is None:
                 rotated = NOTHING if spec.rope is None else QUERIES_AND_KEYS
                 k_strides = k.stride(0), k.stride(1), spec.head_dim
                 v_strides = v.stride(0), v.stride(1), spec.head_dim
-                return self._attend(q, k, v, k_strides, v_strides, length, start, rotated)
-            self._append(k[:, :length], v[:, :length], cache)
+                return self._attend(q, k, v, k_strides, v_strides, k.shape[1], length, first, rotated)
+            self._append(k, v, length, cache)
             strides = cache.keys.stride(0), cache.keys.stride(2), cache.keys.stride(1)
             rotated = NOTHING if spec.rope is None else QUERIES
             keys, values = cache.keys, cache.values
-            return self._attend(q, keys, values, strides, strides, cache.length, past + start, rotated)
+            return self._attend(q, keys, values, strides, strides, keys.shape[2], cache.length, first, rotated)
+
+    def _check(self, query_rows: int, key_rows: int, length: Count, start: Count, past: Count) -> None:
+        """What can be checked without waiting for the device."""
+        if isinstance(length, int) and not 1 <= length <= key_rows:
+            raise ValueError(f"attention: length={length}: expected 1..{key_rows}, the rows of k")
+        if self.cos is None or not (isinstance(length, int) and isinstance(start, int) and isinstance(past, int)):
+            return
+        last = past + max(start + query_rows, length)
+        if last > self.cos.shape[0]:
+            raise ValueError(f"attention: row {last - 1} has no rotary position; there are {self.cos.shape[0]}")
 
     def _attend(
         self,
@@ -326,8 +347,9 @@ class TritonAttention:
         v: Tensor,
         k_strides: tuple[int, int, int],
         v_strides: tuple[int, int, int],
-        length: int,
-        start: int,
+        key_rows: int,
+        length: Count,
+        start: Count,
         rotated: int,
     ) -> Tensor:
         spec = self.spec
@@ -335,8 +357,11 @@ class TritonAttention:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         packed = rows * self.groups
         config = attention_config(arch_of(q.device), q.dtype, packed, self.block_d)
-        apart = KEYS_APART if few(packed) and length > KEYS_APART else 0
-        parts = triton.cdiv(length, apart) if apart else 1
+        keys = length if isinstance(length, int) else key_rows  # more than a slot has are parts without a weight
+        apart = KEYS_APART if few(packed) and keys > KEYS_APART else 0
+        parts = triton.cdiv(keys, apart) if apart else 1
+        lengths, length = parts_of(length)
+        starts, start = parts_of(start)
         target, maximum, weight = out, None, None
         if apart:
             target = q.new_empty((parts, *q.shape), dtype=torch.float32)
@@ -351,6 +376,8 @@ class TritonAttention:
             target,
             maximum,
             weight,
+            lengths,
+            starts,
             rows,
             length,
             start,
@@ -376,22 +403,28 @@ class TritonAttention:
             )
         return out
 
-    def _append(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
-        batch, rows, _ = k.shape
+    def _append(self, k: Tensor, v: Tensor, length: Count, cache: KVCache) -> None:
+        batch = k.shape[0]
         shape = dims("cache keys", cache.keys, "B H P D", B=batch, H=self.spec.kv_heads, D=self.spec.head_dim)
         dims("cache values", cache.values, "B H P D", **shape)
-        if cache.length + rows > shape["P"]:
-            raise ValueError(f"the KV cache has room for {shape['P']} rows; got {cache.length} + {rows}")
+        if isinstance(length, int) and isinstance(cache.length, int) and cache.length + length > shape["P"]:
+            raise ValueError(f"the KV cache has room for {shape['P']} rows; got {cache.length} + {length}")
         assert cache.keys.is_contiguous() and cache.values.is_contiguous()
-        append_kernel[(triton.cdiv(rows, APPEND_ROWS), self.spec.kv_heads, batch)](
+        most = length if isinstance(length, int) else k.shape[1]
+        lengths, rows = parts_of(length)
+        pasts, past = parts_of(cache.length)
+        append_kernel[(triton.cdiv(most, APPEND_ROWS), self.spec.kv_heads, batch)](
             k,
             v,
             self.cos,
             self.sin,
             cache.keys,
             cache.values,
+            lengths,
+            pasts,
             rows,
-            cache.length,
+            past,
+            shape["P"],
             k.stride(0),
             k.stride(1),
             v.stride(0),
@@ -406,7 +439,7 @@ class TritonAttention:
             num_warps=4,
             **NUMERICS,
         )
-        cache.length += rows
+        cache.grow(length)
 
 
 def options(config: AttentionConfig) -> dict[str, Any]:
