@@ -100,10 +100,11 @@ def with_positions(
     return replace(config, backbone={**config.backbone, key: tokens}), longer
 
 
-def compiled(body: Body) -> Body:
-    """The body under `torch.compile`, every shape by itself, as a CUDA graph on a GPU."""
+def compiled(body: Body, mode: str | None = None) -> Body:
+    """The body under `torch.compile`, every shape by itself, as a CUDA graph on a GPU. mode: instead of the default for
+    the device; "max-autotune" compiles for minutes."""
     on_gpu = next(body.parameters()).is_cuda  # type: ignore[attr-defined]
-    fast = torch.compile(body, dynamic=False, mode="reduce-overhead" if on_gpu else "default")
+    fast = torch.compile(body, dynamic=False, mode=mode or ("reduce-overhead" if on_gpu else "default"))
 
     def run(**inputs: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs may be overwritten
