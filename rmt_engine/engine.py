@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -132,6 +133,11 @@ class Engine:
         tokenizer = None if self._tokenizer is None else self._tokenizer.hash
         dtype = str(self.dtype).removeprefix("torch.")
         return Origin(fingerprint(self.config, self._weights), tokenizer, dtype, self.device.type)
+
+    @cached_property
+    def thread(self) -> ThreadPoolExecutor:
+        """The thread of all that is awaited of this engine."""
+        return ThreadPoolExecutor(1, thread_name_prefix="rmt-answers")
 
     @property
     def vocab_size(self) -> int:

@@ -7,7 +7,7 @@ in a stream. So the bits of a document depend on nothing but itself and the size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,15 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmt_engine.asking import answer, check_fits, check_question, decoding_of, question_ids
 from rmt_engine.documents import AnyDocument, OpenDocument, Reading, as_document
 from rmt_engine.errors import RMTError
 from rmt_engine.memory import MemoryState
+from rmt_engine.sampling import DECODE_ROWS
+from rmt_engine.slot_count import batch_size, choose_slots
 from rmt_engine.stream import Stream, after_segment
 
 if TYPE_CHECKING:
     from rmt_engine.engine import Engine
 
-CPU_BATCH = 8  # slots of a batch on a CPU: more gain nothing there, and the last documents run in a batch of this size
 WAITING = 1024  # results that may wait for an earlier document when they are given in input order
 BROKEN = (RMTError, ValueError, OSError)  # what is one document's fault; anything else ends the run
 
@@ -101,8 +103,7 @@ def run_many(
     documents: Iterable[AnyDocument],
     *,
     ask: str | Sequence[str] = (),
-    max_new_tokens: int = 16,
-    slots: int = 8,
+    slots: int | None = None,
     order: str = "input",
     batch_invariant: bool = False,
     errors: str = "strict",
@@ -110,42 +111,79 @@ def run_many(
     alignment: str | None = None,
     score: bool = False,
     on_step: Callable[[int], None] = lambda tokens: None,
+    max_new_tokens: int | None = 16,
+    **how: Any,
 ) -> Generator[DocumentResult, None, None]:
     """Reads many documents, `slots` of them side by side, and yields a DocumentResult for each.
 
-    documents: texts, UTF-8 bytes, token ids, Paths or `Document`s; they are taken as slots become free. order: "input",
-    or "completed" as they end. A document that cannot be read gives a result with its `error`, and the rest goes on.
-    batch_invariant: the bits are those of a stream alone, whatever `slots` is. on_step is told the tokens of each step.
-    Raises ValueError.
+    documents: texts, UTF-8 bytes, token ids, Paths or `Document`s, taken as slots become free. ask: questions to each,
+    with the options of `Stream.ask` (max_new_tokens, temperature, stop, …); answers are decoded side by side too.
+    slots: None chooses by memory and measured step time (`slot_count.choose_slots`). order: "input", or "completed" as
+    they end. A document that cannot be read gives a result with its `error`, and the rest goes on. batch_invariant: the
+    bits are those of a stream alone, whatever `slots` is. errors, token_dtype: of files; on_step is told the tokens of
+    each step. Raises ValueError before anything is read.
     """
-    if slots < 1:
-        raise ValueError(f"slots must be at least 1; got {slots}")
     if order not in ("input", "completed"):
         raise ValueError(f"order must be input or completed; got {order!r}")
-    questions = (ask,) if isinstance(ask, str) else tuple(ask)
-    size = 1 if batch_invariant else min(slots, CPU_BATCH) if engine.device.type == "cpu" else slots
-    reading = Reading(errors, token_dtype, alignment, score)
-    reader = _Reader(engine, documents, slots, SegmentBatch(engine, size), reading, on_step)
-
-    results = _answered(reader.results(), questions, max_new_tokens)
+    count = choose_slots(engine) if slots is None else slots
+    if count < 1:
+        raise ValueError(f"slots must be at least 1; got {slots}")
+    questions = Questions(engine, (ask,) if isinstance(ask, str) else tuple(ask), max_new_tokens, how)
+    batch = SegmentBatch(engine, 1 if batch_invariant else batch_size(engine, count))
+    reader = _Reader(engine, documents, count, batch, Reading(errors, token_dtype, alignment, score), on_step)
+    results = questions.answered(reader.results(), min(count, DECODE_ROWS))
     return _in_order(results, reader) if order == "input" else results
 
 
-def _answered(
-    results: Generator[DocumentResult, None, None], questions: Sequence[str], max_new_tokens: int
-) -> Generator[DocumentResult, None, None]:
-    with closing(results):
-        for result in results:
-            yield result if result.stream is None else _asked(result, result.stream, questions, max_new_tokens)
+class Questions:
+    """What is asked of every document. Raises ValueError for what no document can answer."""
 
+    def __init__(self, engine: Engine, texts: Sequence[str], most: int | None, options: Mapping[str, Any]) -> None:
+        self.engine, self.classifies = engine, engine.config.family == "encoder_classifier"
+        if not texts and options:
+            raise ValueError(f"{', '.join(options)}: options of questions, and there is no question (ask=)")
+        if texts:
+            self.how = decoding_of(engine, most, **options)
+            for text in texts:
+                check_question(engine, text, self.how)
+        self.ids = [question_ids(engine, text) for text in texts]
 
-def _asked(result: DocumentResult, stream: Stream, questions: Sequence[str], max_new_tokens: int) -> DocumentResult:
-    try:
-        answers = tuple(stream.ask(question, max_new_tokens) for question in questions)
-        labels = tuple(stream.classify()) if stream.engine.config.family == "encoder_classifier" else ()
-    except BROKEN as error:
-        return DocumentResult(result.index, result.id, error=error)
-    return replace(result, answers=answers, labels=labels)
+    def answered(
+        self, results: Generator[DocumentResult | None, None, None], documents: int
+    ) -> Generator[DocumentResult, None, None]:
+        """The results with answers or labels. So many documents are answered together; None does not let them wait."""
+        ended: list[DocumentResult] = []
+        with closing(results):
+            for result in results:
+                if result is not None and (result.error is not None or not self.ids):
+                    yield self._labelled(result) if self.classifies else result
+                elif result is not None:
+                    ended.append(result)
+                if result is None or len(ended) == documents:
+                    yield from self._answer(ended)
+                    ended = []
+            yield from self._answer(ended)
+
+    def _answer(self, results: Sequence[DocumentResult]) -> list[DocumentResult]:
+        if not results:
+            return []
+        done, prompts = list(results), []
+        for i, result in enumerate(results):
+            assert result.stream is not None
+            try:
+                own = result.stream.prompts(self.ids)
+                for prompt in own:
+                    check_fits(self.engine, len(prompt.ids), self.how)
+                prompts.append((i, own))
+            except BROKEN as error:
+                done[i] = DocumentResult(result.index, result.id, error=error)
+        texts = iter(answer(self.engine, [prompt for _, own in prompts for prompt in own], self.how))
+        for i, own in prompts:
+            done[i] = replace(done[i], answers=tuple(next(texts) for _ in own))
+        return done
+
+    def _labelled(self, result: DocumentResult) -> DocumentResult:
+        return result if result.stream is None else replace(result, labels=tuple(result.stream.classify()))
 
 
 def _in_order(results: Generator[DocumentResult, None, None], reader: _Reader) -> Generator[DocumentResult, None, None]:
@@ -214,30 +252,37 @@ class _Reader:
         self.taken = 0
         self.given: int | None = None  # in input order: results that were given out; the rest wait
 
-    def results(self) -> Generator[DocumentResult, None, None]:
+    def results(self) -> Generator[DocumentResult | None, None, None]:
+        """Documents as they end or fail; None where the next cannot be opened before what has ended is given out."""
         try:
             while True:
                 yield from self._refill()
-                if not self.open:
+                if self.open:
+                    yield from self._step()
+                elif self._may_open():
                     return
-                yield from self._step()
+                else:
+                    yield None
         finally:
             for document in self.open:
                 document.close()
 
     def _refill(self) -> Generator[DocumentResult, None, None]:
         while len(self.open) < self.slots:
-            if self.given is not None and self.taken - self.given >= WAITING:
+            if not self._may_open():
                 return
             index, document = next(self.documents, (-1, None))
-            self.taken = index + 1
             if document is None:
                 return
+            self.taken = index + 1
             known = as_document(document)
             try:
                 self.open.append(OpenDocument(self.engine, index, known, self.reading))
             except BROKEN as error:
                 yield DocumentResult(index, known.id if known.id is not None else str(index), error=error)
+
+    def _may_open(self) -> bool:
+        return self.given is None or self.taken - self.given < WAITING
 
     def _step(self) -> Generator[DocumentResult, None, None]:
         segments: list[np.ndarray] = []

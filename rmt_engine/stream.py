@@ -7,16 +7,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rmt_engine.asking import (
+    NumberedPieces,
+    Pieces,
+    answer,
+    answer_in_pieces,
+    check_fits,
+    decoding_of,
+    in_turns,
+    joined,
+    only_piece,
+    question_ids,
+)
 from rmt_engine.errors import NumericalError, StateError
 from rmt_engine.layouts import Cut, check_alignment
 from rmt_engine.memory import MemoryState, StateFile
-from rmt_engine.sampling import generate
+from rmt_engine.sampling import Prompt
 from rmt_engine.scoring import Scores, check_scorable
 from rmt_engine.text_input import Utf8Decoder
 
@@ -24,6 +36,9 @@ if TYPE_CHECKING:
     from rmt_engine.engine import Engine
 
 Ids = np.ndarray | Tensor | Sequence[int]
+Many = list[str] | tuple[str, ...]
+Plain = Literal[False]
+InPieces = Literal[True]
 
 
 class Stream:
@@ -128,18 +143,107 @@ class Stream:
         """
         StateFile(self.place, self.engine.origin, input).save(path)
 
-    def ask(self, question: str, max_new_tokens: int = 16, split: str = "fold") -> str:
-        """The greedy answer to a question about what was read, from a fork: the stream itself does not move.
+    @overload
+    def ask(
+        self, question: str, max_new_tokens: int | None = ..., split: str = ..., *, stream: Plain = ..., **how: Any
+    ) -> str: ...
 
-        When rest and question do not fit one segment, split="fold" folds the rest first, and split="reference" cuts
-        the concatenated ids as the authors' `generate` does. Raises ValueError when the answer cannot fit.
+    @overload
+    def ask(
+        self, question: str, max_new_tokens: int | None = ..., split: str = ..., *, stream: InPieces, **how: Any
+    ) -> Pieces: ...
+
+    @overload
+    def ask(
+        self, question: Many, max_new_tokens: int | None = ..., split: str = ..., *, stream: Plain = ..., **how: Any
+    ) -> list[str]: ...
+
+    @overload
+    def ask(
+        self, question: Many, max_new_tokens: int | None = ..., split: str = ..., *, stream: InPieces, **how: Any
+    ) -> NumberedPieces: ...
+
+    def ask(
+        self,
+        question: str | Many,
+        max_new_tokens: int | None = 16,
+        split: str = "fold",
+        *,
+        stream: bool = False,
+        **how: Any,
+    ) -> Any:
+        """The answer to a question about what was read; to a list of questions their answers, decoded side by side.
+
+        All of it happens in forks: the stream itself does not move. When rest and question do not fit one segment,
+        split="fold" folds the rest first, and split="reference" cuts the concatenated ids as the authors' `generate`
+        does. stream: the answer in pieces, as they come; of a list (number, piece). Closing that generator ends the
+        decoding. how: temperature, top_k, top_p, repetition_penalty and seed (`Sampling`; greedy by default);
+        stop=["…"], strings that end an answer; roll=True to go on through further segments, where max_new_tokens may
+        be None. Raises ValueError when the answer cannot fit, before anything is decoded.
         """
-        text = self.engine.config.ask_template.replace("{question}", question)
-        return self._answer(self.engine.tokenizer.encode(text), max_new_tokens, split)
+        questions = [question] if isinstance(question, str) else list(question)
+        ids = [question_ids(self.engine, text) for text in questions]
+        return self._answers(ids, isinstance(question, str), split, max_new_tokens, stream, how)
 
-    def generate(self, max_new_tokens: int = 16) -> str:
-        """The greedy continuation of what was read, from a fork."""
-        return self._answer(np.empty(0, dtype=np.int64), max_new_tokens, "fold")
+    def generate(self, max_new_tokens: int | None = 16, *, stream: bool = False, **how: Any) -> Any:
+        """The continuation of what was read, from a fork: a text, or with stream=True its pieces; options as `ask`."""
+        return self._answers([np.empty(0, dtype=np.int64)], True, "fold", max_new_tokens, stream, how)
+
+    def aask(self, question: str | Many, *arguments: Any, stream: bool = False, **how: Any) -> Any:
+        """`ask` for asyncio: `await stream.aask(…)`, or `async for piece in stream.aask(…, stream=True)`.
+
+        All that is awaited of one engine shares a thread, a piece at a time: answers take turns. Cancelling the task or
+        closing the generator, ends the decoding after the piece that is being computed.
+        """
+        pieces = in_turns(self.engine, lambda: self.ask(question, *arguments, stream=True, **how))
+        return pieces if stream else joined(pieces, None if isinstance(question, str) else len(question))
+
+    def prompts(self, questions: Sequence[np.ndarray], split: str = "fold") -> list[Prompt]:
+        """The answering segments of questions (ids [L]), if the stream ended here; what stands before them is folded
+        in forks. Raises ValueError as `ask` does."""
+        if split not in ("fold", "reference"):
+            raise ValueError(f"split must be fold or reference; got {split!r}")
+        if split == "reference" and self.place.length is not None:
+            raise ValueError('split="reference" needs a stream that is aligned left: the question moves every border')
+        read = self.fork()
+        read.place = replace(read.place, scores=None)  # nobody asks for the scores of a question
+        read.flush()
+        folded = read.fork()  # its rest is folded when the first question needs it
+        return [read._prompt(self.content(ids), folded, split) for ids in questions]
+
+    def _prompt(self, question: np.ndarray, folded: Stream, split: str) -> Prompt:
+        size = self.engine.config.segment_size
+        if len(self.rest) + len(question) == 0:
+            raise ValueError("nothing was read and nothing was asked: feed a text first")
+        if len(self.rest) + len(question) <= size:
+            return Prompt(np.concatenate([self.rest, question]), self.place.memory)
+        if split == "reference":
+            whole = self.fork()
+            whole._read(question)
+            return Prompt(whole.rest, whole.place.memory)
+        if len(question) > size:
+            raise ValueError(f"the question has {len(question)} tokens; a segment holds {size}")
+        folded._fold_rest()
+        return Prompt(question, folded.place.memory)
+
+    def _answers(
+        self,
+        questions: Sequence[np.ndarray],
+        single: bool,
+        split: str,
+        max_new_tokens: int | None,
+        stream: bool,
+        options: Mapping[str, Any],
+    ) -> Any:
+        how = decoding_of(self.engine, max_new_tokens, **options)
+        prompts = self.prompts(questions, split)
+        for prompt in prompts:
+            check_fits(self.engine, len(prompt.ids), how)
+        if stream:
+            pieces = answer_in_pieces(self.engine, prompts, how)
+            return only_piece(pieces) if single else pieces
+        texts = answer(self.engine, prompts, how)
+        return texts[0] if single else texts
 
     def classify(self) -> list[tuple[str, float]]:
         """A classifier's labels with their probabilities, best first, if the input ended here. The stream stays.
@@ -157,38 +261,6 @@ class Stream:
         scores = logits[0].softmax(-1).tolist()
         names = self.engine.config.labels or [str(i) for i in range(len(scores))]
         return sorted(zip(names, scores, strict=True), key=lambda pair: -pair[1])
-
-    def _answer(self, question: np.ndarray, max_new_tokens: int, split: str) -> str:
-        engine = self.engine
-        if engine.config.family != "decoder":
-            raise ValueError("this checkpoint is a classifier: it generates no text; use classify")
-        fork = self.fork()
-        fork.place = replace(fork.place, scores=None)  # nobody asks for the scores of a question
-        fork.flush()
-        final = fork._final_segment(question, split)
-        engine.check_answer_fits(len(final), max_new_tokens)
-        new = generate(engine.executor, fork._tensor(final), fork.place.memory, max_new_tokens, engine.config.stop_ids)
-        return engine.tokenizer.decode(new[0])
-
-    def _final_segment(self, question: np.ndarray, split: str) -> np.ndarray:
-        """The answering segment's ids; folds what comes before them."""
-        size = self.engine.config.segment_size
-        if split not in ("fold", "reference"):
-            raise ValueError(f"split must be fold or reference; got {split!r}")
-        if split == "reference" and self.place.length is not None:
-            raise ValueError('split="reference" needs a stream that is aligned left: the question moves every border')
-        question = self.content(question)
-        if len(self.rest) + len(question) == 0:
-            raise ValueError("nothing was read and nothing was asked: feed a text first")
-        if len(self.rest) + len(question) <= size:
-            return np.concatenate([self.rest, question])
-        if split == "reference":
-            self._read(question)
-            return self.rest
-        if len(question) > size:
-            raise ValueError(f"the question has {len(question)} tokens; a segment holds {size}")
-        self._fold_rest()
-        return question
 
     def _feed_text(self, text: str) -> None:
         place = self.place

@@ -18,11 +18,21 @@ FLOORS = (
     {"rmt_kernels", "_C", "errors"},
     {"config", "layouts", "memory", "scoring"},
     {"backbones"},
-    {"checkpoint", "cut_rules", "detokenizer", "memory_plan", "records", "sources", "text_input", "tokens"},
-    {"engine", "executors", "sampler", "sampling"},
-    {"asking", "documents", "inputs", "run", "slots", "stream"},
+    {
+        "checkpoint",
+        "cut_rules",
+        "detokenizer",
+        "graph_plan",
+        "memory_plan",
+        "records",
+        "sources",
+        "text_input",
+        "tokens",
+    },
+    {"engine", "executors", "graph_executor", "graph_stream", "recording", "sampler", "sampling"},
+    {"asking", "documents", "inputs", "run", "slot_count", "slots", "stream"},
     {"evaluation"},
-    {"__init__", "__main__", "cli", "commands", "doctor", "eval_commands", "eval_options", "progress"},
+    {"__init__", "__main__", "bench", "cli", "commands", "doctor", "eval_commands", "eval_options", "progress"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 KNOWS_NOBODY = {"rmt_kernels", "_C", "errors"}

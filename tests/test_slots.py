@@ -176,7 +176,7 @@ def test_only_the_open_documents_are_held(order: str, monkeypatch: pytest.Monkey
 
     def many() -> Iterator[Text]:
         nonlocal most
-        for number in range(300):
+        for number in range(150):
             text = Text("the milk " * (200 if number == 5 else 1 + number % 20))
             alive.add(text)
             most = max(most, len(alive))
@@ -185,7 +185,7 @@ def test_only_the_open_documents_are_held(order: str, monkeypatch: pytest.Monkey
     taken = 0
     for _ in engine_of().run_many(many(), slots=4, order=order):
         taken += 1
-    assert taken == 300 and most <= 6
+    assert taken == 150 and most <= 6
 
 
 def test_a_slow_document_does_not_let_results_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -499,8 +499,9 @@ def test_classify_is_forward_as_words() -> None:
         stream = fed(engine, ids)
         before = picture(stream)
         labels = stream.classify()
-        assert [score for _, score in labels] == sorted(scores, reverse=True)
-        assert all(scores[int(name.removeprefix("LABEL_"))] == score for name, score in labels)
+        assert labels == sorted(labels, key=lambda pair: -pair[1])
+        by_number = [score for _, score in sorted(labels, key=lambda pair: int(pair[0].removeprefix("LABEL_")))]
+        assert by_number == pytest.approx(scores, rel=1e-5)
         assert picture(stream) == before
 
 
