@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from rmt_engine.bench.arguments import add_bench
 from rmt_engine.errors import RMTError
 from rmt_engine.eval_options import add_eval
 
@@ -38,7 +39,7 @@ def _run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except ModuleNotFoundError as error:
-        if error.name != "rmt_engine._C":
+        if error.name not in ("rmt_engine._C", "rmt_kernels._cpu"):
             raise
         return _fail("the C++ extension is not built; build it: make setup, or pip install -e .", 1)
     except BrokenPipeError:
@@ -81,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_inspect(commands)
     add_eval(commands, EPILOG, _count, _add_eval_shared)
+    add_bench(commands, EPILOG, _count, counts)
     _add_doctor(commands)
     return top
 

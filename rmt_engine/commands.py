@@ -13,6 +13,7 @@ import torch
 
 from rmt_engine import checkpoint, eval_commands
 from rmt_engine import doctor as machine
+from rmt_engine.bench.command import bench as bench
 from rmt_engine.engine import DTYPES, EMBEDDED, Engine, device_of, dtype_of
 from rmt_engine.progress import finish, human, mebibytes
 from rmt_engine.run import EARLY_TOKENS, SAMPLE, Checkpoints, Event, Summary
