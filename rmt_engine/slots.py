@@ -1,8 +1,7 @@
 """Many documents side by side: N slots, each refilled by the next document as soon as one ends.
 
-All that a slot holds is a place in a stream. The full segments of all slots are folded in batches of one fixed size,
-whatever is filled; a shorter segment (a document's last one, or one of an alignment that makes its own) runs alone, as
-in a stream. So the bits of a document depend on nothing but itself and the size of the batch.
+All that a slot holds is a place in a stream. The segments of all slots are folded in batches of one fixed size,
+whatever is filled, so that the bits of a document depend on nothing but itself and the size of the batch.
 """
 
 from __future__ import annotations
@@ -52,50 +51,66 @@ class DocumentResult:
 
 
 class SegmentBatch:
-    """Folds the next segment of many streams, `size` rows at a time."""
+    """Folds the next segment of many streams, `size` rows at a time, whatever is filled.
 
-    def __init__(self, engine: Engine, size: int) -> None:
-        self.engine, self.size = engine, size
+    ragged: segments of any length share a batch, as wide as a full one: what a GPU wants. Without, a segment that is
+    not full runs alone, as in a stream: rows cost a CPU more than calls.
+    """
+
+    def __init__(self, engine: Engine, size: int, ragged: bool) -> None:
+        self.engine, self.size, self.ragged = engine, size, ragged
 
     def fold(self, places: Sequence[MemoryState], segments: Sequence[np.ndarray]) -> list[MemoryState | RMTError]:
         """The places after one segment each; an error in the place of a stream whose memory is no longer finite."""
         done: list[MemoryState | RMTError | None] = [None] * len(places)
-        side_by_side = [i for i, place in enumerate(places) if self._is_whole(place, segments[i])]
+        side_by_side = [i for i, place in enumerate(places) if self._joins(place, segments[i])]
         for start in range(0, len(side_by_side), self.size):
             members = side_by_side[start : start + self.size]
-            outputs = self._run([places[i] for i in members], [segments[i] for i in members], self.size)
+            outputs = self._run([places[i] for i in members], [segments[i] for i in members])
             for row, i in enumerate(members):
-                done[i] = self._after(places[i], segments[i], [output[row : row + 1] for output in outputs])
+                done[i] = _after(places[i], segments[i], [output[row : row + 1] for output in outputs])
         for i, before in enumerate(done):
             if before is None:
-                done[i] = self._after(places[i], segments[i], self._run([places[i]], [segments[i]], 1))
+                done[i] = _after(places[i], segments[i], self._run_alone(places[i], segments[i]))
         return [place for place in done if place is not None]
 
-    def _is_whole(self, place: MemoryState, ids: np.ndarray) -> bool:
-        """Whether a segment is of the kind that runs in the batch: this must depend on nothing but itself."""
+    def _joins(self, place: MemoryState, ids: np.ndarray) -> bool:
+        """Whether a segment runs in the batch: this must depend on nothing but itself."""
         begins = place.scores is not None and place.scores.row is None  # its first token has no row before it
-        return len(ids) == self.engine.config.segment_size and not begins
+        return self.size > 1 and not begins and (self.ragged or len(ids) == self.engine.config.segment_size)
 
-    def _run(self, places: list[MemoryState], segments: list[np.ndarray], rows: int) -> tuple[Tensor, ...]:
-        """One call of the executor with `rows` rows of one length, of which the first hold something."""
-        executor, initial = self.engine.executor, self.engine.executor.initial
-        ids = np.zeros((rows, len(segments[0])), dtype=np.int64)
-        ids[: len(segments)] = segments
-        tensor = torch.from_numpy(ids).to(self.engine.device)
-        empty = rows - len(places)
-        memory = torch.cat([*[place.memory for place in places], *[initial[None]] * empty])
-        if places[0].scores is None:
-            return (executor.fold(tensor, memory),)
-        rows_before = [place.scores.row for place in places if place.scores is not None]
-        known = [row for row in rows_before if row is not None]
-        blank = [initial.new_zeros(1, initial.shape[1])] * empty
-        return executor.fold_with_scores(tensor, memory, torch.cat([*known, *blank]) if known else None)
+    def _run_alone(self, place: MemoryState, segment: np.ndarray) -> tuple[Tensor, ...]:
+        executor, ids = self.engine.executor, torch.from_numpy(segment).to(self.engine.device)[None]
+        if place.scores is None:
+            return (executor.fold(ids, place.memory),)
+        return executor.fold_with_scores(ids, place.memory, place.scores.row)
 
-    def _after(self, place: MemoryState, ids: np.ndarray, outputs: Sequence[Tensor]) -> MemoryState | RMTError:
-        try:
-            return after_segment(place, len(ids), *outputs)
-        except RMTError as error:
-            return error
+    def _run(self, places: Sequence[MemoryState], segments: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
+        """One call of the executor; the first rows hold something."""
+        executor, device, empty = self.engine.executor, self.engine.device, self.size - len(places)
+        ids = np.zeros((self.size, self.engine.config.segment_size), dtype=np.int64)
+        for row, segment in enumerate(segments):
+            ids[row, : len(segment)] = segment
+        memory = torch.cat([*[place.memory for place in places], *[executor.initial[None]] * empty])
+        lengths = None
+        if self.ragged:
+            lengths = torch.tensor([*map(len, segments), *[1] * empty], dtype=torch.int32, device=device)
+        tensor = torch.from_numpy(ids).to(device)
+        rows = [place.scores.row for place in places if place.scores is not None and place.scores.row is not None]
+        if not rows:
+            return (executor.fold(tensor, memory, lengths),)
+        blank = executor.initial.new_zeros(empty, executor.initial.shape[1])
+        return executor.fold_with_scores(tensor, memory, torch.cat([*rows, blank]), lengths)
+
+
+def _after(place: MemoryState, ids: np.ndarray, outputs: Sequence[Tensor]) -> MemoryState | RMTError:
+    memory, *scored = outputs
+    try:
+        if not scored:
+            return after_segment(place, len(ids), memory)
+        return after_segment(place, len(ids), memory, scored[0][:, : len(ids)], scored[1])
+    except RMTError as error:
+        return error
 
 
 def run_many(
@@ -129,7 +144,8 @@ def run_many(
     if count < 1:
         raise ValueError(f"slots must be at least 1; got {slots}")
     questions = Questions(engine, (ask,) if isinstance(ask, str) else tuple(ask), max_new_tokens, how)
-    batch = SegmentBatch(engine, 1 if batch_invariant else batch_size(engine, count))
+    size = 1 if batch_invariant else batch_size(engine, count)
+    batch = SegmentBatch(engine, size, ragged=engine.device.type != "cpu")
     reader = _Reader(engine, documents, count, batch, Reading(errors, token_dtype, alignment, score), on_step)
     results = questions.answered(reader.results(), min(count, DECODE_ROWS))
     return _in_order(results, reader) if order == "input" else results

@@ -20,7 +20,8 @@ from rmt_engine import slots
 from rmt_engine.documents import Document
 from rmt_engine.engine import Engine
 from rmt_engine.errors import InputError, NumericalError
-from rmt_engine.slots import DocumentResult
+from rmt_engine.memory import MemoryState
+from rmt_engine.slots import DocumentResult, SegmentBatch
 
 LENGTHS = [1, 3 * SEGMENT, 2 * SEGMENT + 7, SEGMENT - 1, SEGMENT, SEGMENT + 1, 9 * SEGMENT + 3, 5, 4 * SEGMENT, 70]
 
@@ -53,6 +54,33 @@ def test_documents_side_by_side_are_documents_alone(kind: str, alignment: str, c
             assert [name for name, _ in result.labels] == [name for name, _ in alone.classify()]
         result.stream.finish()
         assert torch.allclose(result.stream.memory, memory_of(engine, ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("score", [False, True])
+@pytest.mark.parametrize("kind, alignment", [("gpt2", "left"), ("llama", "right"), ("bert", "center")])
+def test_segments_of_any_length_share_a_batch(kind: str, alignment: str, score: bool) -> None:
+    """What a GPU does, on the CPU."""
+    engine = engine_of(kind, alignment)
+    streams = [engine.stream(length=len(ids), score=score and kind != "bert") for ids in documents()]
+    segments = [ids[: stream.place.next_size] for stream, ids in zip(streams, documents(), strict=True)]
+    seconds = [ids[len(first) :][: len(first)] for ids, first in zip(documents(), segments, strict=True)]
+    alone, ragged = SegmentBatch(engine, 1, False), SegmentBatch(engine, 4, True)
+    places = [stream.place for stream in streams]
+    one, other = alone.fold(places, segments), ragged.fold(places, segments)
+    for a, b in zip(one, other, strict=True):
+        assert isinstance(a, MemoryState) and isinstance(b, MemoryState)
+        assert torch.allclose(a.memory, b.memory, atol=1e-5) and (a.segments, a.folded) == (b.segments, b.folded)
+    places = [place for place in one if isinstance(place, MemoryState)]
+    more = [i for i, ids in enumerate(seconds) if len(ids)]
+    pairs = [batch.fold([places[i] for i in more], [seconds[i] for i in more]) for batch in (alone, ragged)]
+    for a, b in zip(*pairs, strict=True):
+        assert (
+            isinstance(a, MemoryState) and isinstance(b, MemoryState) and torch.allclose(a.memory, b.memory, atol=1e-5)
+        )
+        assert (a.scores is None) == (not score or kind == "bert")
+        if a.scores is not None and b.scores is not None:
+            assert a.scores.total.tokens == b.scores.total.tokens == a.folded
+            assert a.scores.total.nll == pytest.approx(b.scores.total.nll, rel=1e-5)
 
 
 def test_every_kind_of_source_gives_the_same(tmp_path: Path) -> None:
@@ -137,8 +165,8 @@ def test_a_memory_that_is_not_finite_is_one_documents_failure() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(engine.executor, name)
 
-        def fold(self, ids: Tensor, memory: Tensor) -> Tensor:
-            out = real(ids, memory).clone()
+        def fold(self, ids: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Tensor:
+            out = real(ids, memory, lengths).clone()
             out[(ids == 96).any(1)] = float("nan")
             return out
 
