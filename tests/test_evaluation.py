@@ -169,18 +169,29 @@ def test_the_noise_begins_again_behind_its_end(noise: Noise) -> None:
 
 def test_places_of_a_shared_text_are_spread_as_those_of_a_text_made_for_the_length(noise: Noise) -> None:
     """Of texts made for a long length, those that serve a shorter one too: their draws are uniform below its bound."""
-    short, long = 30_000, 60_000
-    trials = [make_trial("detect", long, noise, np.random.default_rng(seed)) for seed in range(500)]
-    shared = [trial.drawn for trial in trials if trial.holds_at(short)]
+    short, long = 300, 600
+    trials = [make_trial("detect", long, noise, np.random.default_rng(seed)) for seed in range(400)]
+    shared = [trial for trial in trials if trial.holds_at(short)]
     bound = texts.room_for(short, noise, 1)
-    assert all(draw < bound for draw in shared)
     low, high = wilson(len(shared), len(trials), z=4)
     assert low < bound / texts.room_for(long, noise, 1) < high
     for share in (0.25, 0.5, 0.75):
-        low, high = wilson(sum(draw < share * bound for draw in shared), len(shared), z=4)
+        low, high = wilson(sum(trial.drawn < share * bound for trial in shared), len(shared), z=4)
         assert low < share < high
-    assert not any(trial.holds_at(200) for trial in trials)  # a short text has rules of its own
+    for trial in shared:
+        assert trial.places[0] <= trial.drawn
+        assert trial.problem.sentences[0] in noise.tokenizer.decode(trial.text.read(0, short))
     assert make_trial("memorize", long, noise, np.random.default_rng(0)).holds_at(200)
+
+
+def test_facts_stand_everywhere(noise: Noise) -> None:
+    """Up to the very end of the text, and close to the token that was drawn."""
+    trials = [make_trial("detect", 1000, noise, np.random.default_rng(seed)) for seed in range(200)]
+    places = np.array([trial.places[0] for trial in trials])
+    assert np.histogram(places, 5, (0, 1000))[0].min() > 20
+    assert places.min() < 30 and places.max() > 940
+    away = np.array([trial.drawn for trial in trials]) - places
+    assert away.min() >= 0 and np.median(away) < 10
 
 
 def test_held_out_is_decided_by_content_alone() -> None:
@@ -266,14 +277,16 @@ def test_the_embedded_checkpoint_finds_facts(engine: Engine, noise: Noise) -> No
 
 
 def test_every_cell_has_all_its_trials_and_shares_texts(engine: Engine, noise: Noise) -> None:
-    plan = Plan(engine, noise, Settings(["detect"], [20_000, 24_000], trials=20))
-    assert [sum(length in at for _, _, at in plan.asked) for length in (20_000, 24_000)] == [20, 20]
+    plan = Plan(engine, noise, Settings(["detect"], [2000, 2400], trials=20))
+    assert [sum(length in at for _, _, at in plan.asked) for length in (2000, 2400)] == [20, 20]
     both = sum(len(at) == 2 for _, _, at in plan.asked)
     assert 5 < both < 20 and len(plan.asked) == 40 - both
     read = sum(load.tokens for load in plan.loads(Store(), 8))
-    assert read == 20 * 24_000 + (20 - both) * 20_000
-    assert [make_trial("detect", 24_000, noise, np.random.default_rng([0, 1, 1, 24_000, 7])).problem] == [
-        trial.problem for key, trial, _ in plan.asked if key == ("detect", 1, 24_000, 7)
+    assert read == 20 * 2400 + (20 - both) * 2000
+    far = Plan(engine, noise, Settings(["memorize", "detect"], [500, 2001], trials=20))
+    assert {key[0] for key, _, at in far.asked if len(at) == 2} == {"memorize"}
+    assert [make_trial("detect", 2400, noise, np.random.default_rng([0, 1, 1, 2400, 7])).problem] == [
+        trial.problem for key, trial, _ in plan.asked if key == ("detect", 1, 2400, 7)
     ]
 
 
@@ -291,18 +304,22 @@ def test_what_is_answered_is_not_asked_again(engine: Engine, noise: Noise, tmp_p
     plan = Plan(engine, noise, Settings(**settings))  # type: ignore[arg-type]
     whole = _cells(engine, noise, **settings)
 
-    first = Store(tmp_path, {"seed": 0})
-    running = evaluate(plan, first, slots=2)
-    next(running)
-    running.close()  # cut off after the first cell
+    first, left = Store(tmp_path, {"seed": 0}), [500 * 4]
+
+    def cut_off(tokens: int) -> None:  # inside the third batch
+        left[0] -= tokens
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(evaluate(plan, first, slots=2, on_step=cut_off))
     with open(tmp_path / "answers.jsonl", "ab") as file:
         file.write(b'[[["detect", 2, 800, 5], 8')  # and killed inside a write
     resumed = Store(tmp_path, {"seed": 0})
     assert 0 < len(resumed.answers) < 12
     read: list[int] = []
     assert list(evaluate(plan, resumed, slots=6, on_step=read.append)) == whole
-    left = sum(load.tokens for load in plan.loads(first, 6))
-    assert 0 < sum(read) <= left
+    assert 0 < sum(read) <= sum(load.tokens for load in plan.loads(first, 6))
     done = Store(tmp_path, {"seed": 0})
     assert list(evaluate(plan, done, on_step=lambda tokens: pytest.fail("read again"))) == whole
     assert plan.loads(done, 6) == []

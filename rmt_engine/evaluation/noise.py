@@ -108,22 +108,19 @@ class Noise:
         return ids[~np.isin(ids, self.drop_ids)] if self.drop_ids else ids
 
     def with_sentences(
-        self, piece: int, sentences: Sequence[str], rng: np.random.Generator, room: int
+        self, piece: int, told: Sequence[tuple[int, str]], rng: np.random.Generator
     ) -> tuple[np.ndarray, list[int]]:
-        """The ids of a piece with sentences put in at random places of it, in their order; and where each begins.
+        """The ids of a piece with sentences put in, and where each begins.
 
-        Each stands on a new line or in the line. All end within the first `room` tokens, as far as there are places
-        for that.
+        told: a token of the piece (ascending) and the sentence that stands before it, at the last place where one may,
+        on a new line or in the line.
         """
         text = self.pieces[piece]
         places = list(self.tokenizer.cut_rule.cuts(text))
-        space = len(sentences) * self.longest_sentence
-        if room < self.starts[piece + 1] - self.starts[piece] + space:
-            fits = room - space
-            places = places[: bisect_right(places, fits, key=lambda cut: len(self._encode(text[:cut])))]
-        cuts = sorted(places[int(rng.integers(len(places)))] if places else 0 for _ in sentences)
         joined, begun, done = "", [], 0
-        for cut, sentence in zip(cuts, sentences, strict=True):
+        for token, sentence in told:
+            before = bisect_right(places, token, key=lambda cut: len(self._encode(text[:cut])))
+            cut = places[before - 1] if before else 0
             joined += text[done:cut]
             begun.append(len(self._encode(joined)) if joined else 0)
             joined += f"{self._glue(rng)}{sentence}"

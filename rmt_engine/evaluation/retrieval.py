@@ -4,8 +4,9 @@ memorize: the facts open the text. detect: they stand anywhere in it. reasoning:
 are needed. The question comes at the end.
 
 A text is read once and asked on the way, from forks, at every length at which it is as good a trial as one made for
-that length (`Trial.holds_at`); what is missing to `trials` is filled up with texts of that length. So each cell has
-`trials` independent texts with their facts spread evenly over its length, and the cells of one curve share texts.
+that length (`Trial.holds_at`) and that is not far below its own; what is missing to `trials` is filled up with texts of
+that length. So each cell has `trials` independent texts with their facts spread evenly over its length, and the cells
+of one curve share texts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rmt_engine.evaluation.store import Key, Store
 from rmt_engine.evaluation.texts import TASKS, Trial, make_trial
 
 PLACES = 10  # bins of a fact's place, as a share of the length
+SHARED = 4  # times as long, at most, is a text that serves a shorter length too: few would, and it would wait for them
 
 
 @dataclass(frozen=True)
@@ -165,13 +167,17 @@ def _texts(noise: Noise, settings: Settings, task: str) -> list[tuple[Key, Trial
     facts = 2 if task == "reasoning" else settings.facts
     made: list[tuple[Key, Trial, list[int]]] = []
     for length in sorted(set(settings.lengths), reverse=True):
-        shared = [at for _, trial, at in made if trial.holds_at(length)][: settings.trials]
+        shared = [at for key, trial, at in made if _serves(trial, int(key[2]), length)][: settings.trials]
         for at in shared:
             at.append(length)
         for index in range(settings.trials - len(shared)):
             rng = np.random.default_rng([settings.seed, TASKS.index(task), facts, length, index])
             made.append(((task, facts, length, index), make_trial(task, length, noise, rng, facts), [length]))
     return made
+
+
+def _serves(trial: Trial, made_for: int, length: int) -> bool:
+    return trial.drawn is None or (made_for <= SHARED * length and trial.holds_at(length))
 
 
 def _check_questions(engine: Engine, trials: Sequence[Trial]) -> None:

@@ -79,13 +79,10 @@ class Trial:
     def holds_at(self, tokens: int) -> bool:
         """Whether the first `tokens` tokens are a trial of that length as good as one made for it.
 
-        All sentences lie in them, and their places are spread as `make_trial` spreads them: a uniform draw that happens
-        to lie below a bound is uniform below it. Not so in a short text, where a piece's length bends the draw.
+        All sentences lie in them, and are spread as `make_trial` spreads them: a uniform draw that happens to lie below
+        a bound is uniform below it.
         """
-        if self.drawn is None:
-            return True
-        noise, count = self.text.noise, len(self.places)
-        return is_long(tokens, noise, count) and self.drawn < room_for(tokens, noise, count)
+        return self.drawn is None or self.drawn < room_for(tokens, self.text.noise, len(self.places))
 
 
 def make_trial(task: str, tokens: int, noise: Noise, rng: np.random.Generator, facts: int = 1) -> Trial:
@@ -100,24 +97,15 @@ def make_trial(task: str, tokens: int, noise: Noise, rng: np.random.Generator, f
         ids = noise.opened_by(first, problem.sentences)
         opening = Patch(0, int(noise.starts[first + 1]) - offset, ids)
         return Trial(problem, HiddenText(noise, offset, [opening]), _line_starts(noise, problem), None)
-    draws = sorted(int(rng.integers(room_for(tokens, noise, len(problem.sentences)))) for _ in problem.sentences)
-    patches, places = _hide(problem.sentences, draws, offset, tokens, noise, rng)
+    room = room_for(tokens, noise, len(problem.sentences))
+    draws = sorted(int(rng.integers(room)) for _ in problem.sentences)
+    patches, places = _hide(problem.sentences, draws, offset, noise, rng)
     return Trial(problem, HiddenText(noise, offset, patches), places, draws[-1])
 
 
-def is_long(tokens: int, noise: Noise, sentences: int) -> bool:
-    """Whether a text is so long that the piece in which a sentence falls lies wholly before the end."""
-    return tokens > 4 * _margin(noise, sentences)
-
-
 def room_for(tokens: int, noise: Noise, sentences: int) -> int:
-    """Places are drawn below this."""
-    margin = _margin(noise, sentences) if is_long(tokens, noise, sentences) else sentences * noise.longest_sentence
-    return max(tokens - margin, 1)
-
-
-def _margin(noise: Noise, sentences: int) -> int:
-    return 2 * noise.longest_piece + sentences * noise.longest_sentence
+    """Places are drawn below this: from there on the text might end before all sentences do."""
+    return max(tokens - sentences * noise.longest_sentence, 1)
 
 
 def _line_starts(noise: Noise, problem: Problem) -> tuple[int, ...]:
@@ -126,7 +114,7 @@ def _line_starts(noise: Noise, problem: Problem) -> tuple[int, ...]:
 
 
 def _hide(
-    sentences: Sequence[str], draws: Sequence[int], offset: int, tokens: int, noise: Noise, rng: np.random.Generator
+    sentences: Sequence[str], draws: Sequence[int], offset: int, noise: Noise, rng: np.random.Generator
 ) -> tuple[list[Patch], tuple[int, ...]]:
     """Patches for sentences at drawn places (ascending), those that fall in one piece of the noise in one patch."""
     found = [_piece_at(offset + draw, noise) for draw in draws]
@@ -134,9 +122,9 @@ def _hide(
     places: list[int] = []
     moved = 0  # tokens that earlier sentences push this piece back
     for piece, start in dict.fromkeys(found):
-        inside = [sentence for sentence, where in zip(sentences, found, strict=True) if where == (piece, start)]
+        inside = [i for i, where in enumerate(found) if where == (piece, start)]
         begin, length = start - offset, int(noise.starts[piece + 1] - noise.starts[piece])
-        ids, begun = noise.with_sentences(piece, inside, rng, tokens - begin - moved)
+        ids, begun = noise.with_sentences(piece, [(draws[i] - begin, sentences[i]) for i in inside], rng)
         patches.append(Patch(begin, begin + length, ids))
         places += [begin + moved + place for place in begun]
         moved += len(ids) - length
