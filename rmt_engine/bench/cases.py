@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 
@@ -75,7 +76,10 @@ def ask(session: Session, limits: Limits) -> Row:
     row.amount = 1
     stream, path = _saved(session)
     answer = _answering(session)
-    expected = answer(stream)
+    try:
+        expected = answer(stream)
+    except ValueError as error:  # the question does not fit into a segment of this checkpoint
+        return _left_out(row, str(error))
 
     def run(on_step: OnStep) -> None:
         answer(session.engine.resume(path))
@@ -148,13 +152,22 @@ def _row(session: Session, scope: str, tokens: int | None) -> Row:
 
 
 def _without_tokenizer(row: Row) -> Row:
-    row.results.append(Result(ENGINE, LEFT_OUT, "there is no tokenizer: give --model a folder that has one"))
+    return _left_out(row, "there is no tokenizer: give --model a folder that has one")
+
+
+def _left_out(row: Row, reason: str) -> Row:
+    row.results.append(Result(ENGINE, LEFT_OUT, reason))
     return row
+
+
+@cache
+def _noise() -> str:
+    return noise_text()
 
 
 def _text_file(session: Session, tokens: int) -> tuple[Path, int]:
     """About `tokens` tokens of held-out Python sources, over and over; the file, and how many they are."""
-    tokenizer, noise = session.engine.tokenizer, noise_text()
+    tokenizer, noise = session.engine.tokenizer, _noise()
     characters = round(tokens * SAMPLE / len(tokenizer.encode(noise[:SAMPLE])))
     path = session.folder / f"{tokens}.txt"
     with open(path, "w", encoding="utf-8") as file:

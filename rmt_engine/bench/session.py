@@ -163,6 +163,9 @@ class Session:
             runs[name], estimates[name] = prepare(checked.reader), seconds(checked)
         if ENGINE in runs:
             self._time(row, runs, estimates, limits)
+        else:
+            for name in runs:
+                self._leave_out(row, name, "there is no result of the engine to compare it with")
 
     def _time(self, row: Row, runs: Mapping[str, Run], estimates: Mapping[str, float], limits: Limits) -> None:
         planned = plan(estimates, limits.budget, limits.repetitions, int(limits.memory))
