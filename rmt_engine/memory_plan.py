@@ -62,6 +62,8 @@ class Widths:
     gated: bool
     rotary: bool
     grouped: bool
+    head_norms: bool
+    parallel: bool  # attention and MLP both read the layer's input
 
     @classmethod
     def of(cls, backbone: Mapping[str, Any]) -> Widths:
@@ -71,18 +73,33 @@ class Widths:
         head_dim = backbone.get("head_dim") or hidden // heads
         inner = backbone.get("n_inner") or backbone.get("intermediate_size") or 4 * hidden
         layers = backbone.get("n_layer") or backbone["num_hidden_layers"]
-        llama = backbone["model_type"] == "llama"
-        return cls(hidden, heads * head_dim, 2 * kv_heads * head_dim, inner, layers, llama, llama, kv_heads < heads)
+        kind = backbone["model_type"]
+        gated = kind in ("llama", "mistral", "qwen2", "qwen3")
+        return cls(
+            hidden,
+            heads * head_dim,
+            2 * kv_heads * head_dim,
+            inner,
+            layers,
+            gated,
+            rotary=gated or kind == "gpt_neox",
+            grouped=kv_heads < heads,
+            head_norms=kind == "qwen3",
+            parallel=kind == "gpt_neox" and backbone.get("use_parallel_residual", True),
+        )
 
     @property
     def live(self) -> int:
         """Elements of a row that live at once, in the wider half of a layer."""
         attention = self.hidden + self.queries + self.key_values + 2 * self.queries
+        turned = self.queries + self.key_values // 2
         if self.rotary:
-            attention += self.queries + self.key_values // 2
+            attention += turned
+        if self.head_norms:
+            attention += turned
         if self.grouped:
             attention += 2 * self.queries
-        return max(attention, 2 * self.hidden + self.inner * (2 if self.gated else 1))
+        return max(attention, (3 if self.parallel else 2) * self.hidden + self.inner * (2 if self.gated else 1))
 
 
 def plan_memory(

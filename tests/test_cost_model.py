@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints_for_tests import tiny_decoder, tiny_encoder
-from rmt_kernels.cost_model import H200, Cost, Model, decode_step, segment_step
+from rmt_kernels.cost_model import ENCODERS, H200, Cost, Model, decode_step, segment_step
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
+from rmt_engine.backbones import MODEL_TYPES
 from rmt_engine.engine import Engine
 from rmt_engine.layouts import padded
 
@@ -29,10 +30,10 @@ LLAMA = Model.of(
 )
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("kind", MODEL_TYPES)
 @pytest.mark.parametrize("slots", [1, 3])
 def test_flops_are_those_of_the_reference_kernels(kind: str, slots: int) -> None:
-    checkpoint = tiny_encoder() if kind == "bert" else tiny_decoder(kind)
+    checkpoint = tiny_encoder(kind) if kind in ENCODERS else tiny_decoder(kind)
     engine = Engine.from_weights(checkpoint.rmt_config(37), checkpoint.weights(), device="cpu", backend="ref")
     ids, memory = torch.zeros(slots, 37, dtype=torch.int64), engine.initial_memory(slots)
     layout, count = engine.executor.layout, checkpoint.num_mem_tokens
@@ -88,5 +89,5 @@ def test_a_decoded_row_waits_for_its_weights() -> None:
 
 
 def test_an_unknown_model_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^model_type='mamba': the cost model knows gpt2, llama and bert$"):
+    with pytest.raises(ValueError, match=r"^model_type='mamba': the cost model knows gpt2, llama, .*, bert, roberta$"):
         Model.of({"model_type": "mamba"})

@@ -14,6 +14,7 @@ from rmt_kernels import dispatch
 from safetensors.torch import save_file
 
 from rmt_engine import doctor
+from rmt_engine.backbones import MODEL_TYPES
 from rmt_engine.cli import main
 from rmt_engine.engine import Engine
 from rmt_engine.memory_plan import plan_memory
@@ -89,16 +90,17 @@ def test_transformers_is_named_but_not_imported() -> None:
 # --------------------------------------------------------------------------------------------------- the memory plan
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt2-untied", "llama", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2-untied", *MODEL_TYPES])
 def test_what_the_plan_counts_is_what_is_there(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = tiny_encoder("bert") if kind == "bert" else tiny_decoder(kind.split("-")[0], tied=kind == "gpt2")
+    encoder, kind, tied = kind in ("bert", "roberta"), kind.split("-")[0], kind == "gpt2"
+    checkpoint = tiny_encoder(kind) if encoder else tiny_decoder(kind, tied=tied)
     plan = report_of(capsys, "--model", str(converted(tmp_path / "model", checkpoint, 20)), "--device", "cpu")["model"]
     assert plan["fits"] and plan["segment_size"] == 20
     weights = checkpoint.weights()
     assert plan["bytes"]["parameters"] == sum(tensor.numel() for tensor in weights.values())
     assert plan["bytes"]["file"] == 4 * plan["bytes"]["parameters"]
     layers = [tensor for name, tensor in weights.items() if tensor.dim() == 2 and any(c.isdigit() for c in name)]
-    apart = [weights[name] for name in ("bert.pooler.dense.weight", "classifier.weight") if name in weights]
+    apart = [t for name, t in weights.items() if name.startswith(("bert.pooler", "classifier.")) and t.dim() == 2]
     assert plan["bytes"]["weights"] == sum(4 * tensor.numel() for tensor in layers + apart)
     assert plan["bytes"]["state"] == 4 * checkpoint.memory.numel()
 

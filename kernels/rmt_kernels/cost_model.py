@@ -10,6 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+GATED = ("llama", "mistral", "qwen2", "qwen3")  # a gate beside the first linear of the MLP
+ENCODERS = ("bert", "roberta")
+PLAIN = ("gpt_neox", *ENCODERS)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -27,20 +31,20 @@ class Model:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Model:
-        """From the complete config.json of a gpt2, llama or bert. Raises ValueError for another model_type."""
+        """From the complete config.json of a backbone. Raises ValueError for a model_type that is not known."""
         kind = config["model_type"]
         if kind == "gpt2":
             width, heads = config["n_embd"], config["n_head"]
             inner = config.get("n_inner") or 4 * width
             return cls(config["n_layer"], width, heads, heads, width // heads, inner, 2, config["vocab_size"], True)
-        if kind not in ("llama", "bert"):
-            raise ValueError(f"model_type={kind!r}: the cost model knows gpt2, llama and bert")
+        if kind not in (*GATED, *PLAIN):
+            raise ValueError(f"model_type={kind!r}: the cost model knows gpt2, {', '.join((*GATED, *PLAIN))}")
         width, heads = config["hidden_size"], config["num_attention_heads"]
         head_dim = config.get("head_dim") or width // heads
         kv_heads = config.get("num_key_value_heads") or heads
         layers, inner, vocabulary = config["num_hidden_layers"], config["intermediate_size"], config["vocab_size"]
-        gated = kind == "llama"
-        return cls(layers, width, heads, kv_heads, head_dim, inner, 2 + gated, vocabulary, causal=gated)
+        causal = kind not in ENCODERS
+        return cls(layers, width, heads, kv_heads, head_dim, inner, 2 + (kind in GATED), vocabulary, causal)
 
     @property
     def per_row(self) -> int:

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from rmt_engine.errors import CheckpointError
 
-MODEL_TYPES = ("gpt2", "llama", "bert")
+MODEL_TYPES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "bert", "roberta")
 
 
 def module_of(model_type: str) -> ModuleType:

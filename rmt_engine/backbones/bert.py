@@ -12,29 +12,36 @@ from rmt_kernels.segment_attention import AttentionSpec, KVCache
 from rmt_kernels.weights import Linear, Norm
 from torch import Tensor
 
-from rmt_engine.backbones.common import Shapes, Weights, pad_table, require
+from rmt_engine.backbones.common import ACTIVATIONS, Shapes, Weights, pad_table, require
 
 TIED: dict[str, str] = {}
 IGNORED = (r"bert\.embeddings\.(position_ids|token_type_ids)",)
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 
-def _num_labels(config: Mapping[str, Any]) -> int:
+def num_labels(config: Mapping[str, Any]) -> int:
     return len(config.get("id2label") or {}) or 2
 
 
 def parameter_shapes(config: Mapping[str, Any]) -> Shapes:
     """Names and shapes of a BertForSequenceClassification's parameters, memory rows not among the embeddings."""
+    width = config["hidden_size"]
+    shapes = encoder_shapes(config, "bert.")
+    for name, rows in (("bert.pooler.dense", width), ("classifier", num_labels(config))):
+        shapes |= {f"{name}.weight": (rows, width), f"{name}.bias": (rows,)}
+    return shapes
+
+
+def encoder_shapes(config: Mapping[str, Any], prefix: str) -> Shapes:
+    """Those of the embeddings and the layers, under `prefix`."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     shapes: Shapes = {
-        "bert.embeddings.word_embeddings.weight": (config["vocab_size"], width),
-        "bert.embeddings.position_embeddings.weight": (config["max_position_embeddings"], width),
-        "bert.embeddings.token_type_embeddings.weight": (config["type_vocab_size"], width),
+        f"{prefix}embeddings.word_embeddings.weight": (config["vocab_size"], width),
+        f"{prefix}embeddings.position_embeddings.weight": (config["max_position_embeddings"], width),
+        f"{prefix}embeddings.token_type_embeddings.weight": (config["type_vocab_size"], width),
     }
-    norms = ["bert.embeddings.LayerNorm"]
-    linears = [("bert.pooler.dense", width, width), ("classifier", _num_labels(config), width)]
+    norms, linears = [f"{prefix}embeddings.LayerNorm"], []
     for i in range(config["num_hidden_layers"]):
-        layer = f"bert.encoder.layer.{i}."
+        layer = f"{prefix}encoder.layer.{i}."
         norms += [f"{layer}attention.output.LayerNorm", f"{layer}output.LayerNorm"]
         linears += [(f"{layer}attention.self.{part}", width, width) for part in ("query", "key", "value")]
         linears += [
@@ -60,12 +67,10 @@ def _norm(config: Mapping[str, Any], weights: Weights, name: str) -> Norm:
 class BertBlock:
     """norm(hidden + attention(hidden)), then norm(hidden + MLP(hidden))."""
 
-    def __init__(self, config: Mapping[str, Any], weights: Weights, index: int, backend: str):
-        name = f"bert.encoder.layer.{index}."
+    def __init__(self, config: Mapping[str, Any], weights: Weights, name: str, *, last: bool, backend: str):
         heads = config["num_attention_heads"]
         head_dim = config["hidden_size"] // heads
         q, k, v = (_linear(weights, f"{name}attention.self.{part}") for part in ("query", "key", "value"))
-        last = index == config["num_hidden_layers"] - 1
         self.qkv = norm_linear.plan_qkv(q, k, v, None, queries_apart=last, backend=backend)
         spec = AttentionSpec(heads, heads, head_dim, causal=False, scale=head_dim**-0.5)
         self.attention = segment_attention.plan(spec, backend=backend)
@@ -76,7 +81,7 @@ class BertBlock:
         )
         self.mlp_in = norm_linear.plan(
             _linear(weights, f"{name}intermediate.dense"),
-            activation=ACTIVATIONS[config["hidden_act"]],  # type: ignore[arg-type]
+            activation=ACTIVATIONS[config["hidden_act"]],
             backend=backend,
         )
         self.mlp_out = linear_residual.plan(
@@ -90,31 +95,54 @@ class BertBlock:
         return self.mlp_out(self.mlp_in(hidden), hidden)
 
 
-class Bert:
-    """A BertForSequenceClassification over assembled segments."""
+class BertEncoder:
+    """Embeddings and layers over assembled segments, and a classifier of [CLS]: two linears with tanh between.
 
-    def __init__(self, config: Mapping[str, Any], weights: Weights, backend: str):
+    prefix: of the weights' names. first_position: the row of the position table that the first row of a segment takes.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: Weights,
+        backend: str,
+        *,
+        prefix: str,
+        head: tuple[str, str],
+        first_position: int = 0,
+    ):
         require(config, "hidden_act", *ACTIVATIONS)
         require(config, "position_embedding_type", "absolute", None, default="absolute")
         require(config, "is_decoder", False, default=False)
         self.kv_heads = config["num_attention_heads"]
         self.head_dim = config["hidden_size"] // self.kv_heads
         embeddings = Embeddings(
-            weights["bert.embeddings.word_embeddings.weight"],
-            pad_table(weights["bert.embeddings.position_embeddings.weight"]),
-            weights["bert.embeddings.token_type_embeddings.weight"][0],
-            _norm(config, weights, "bert.embeddings.LayerNorm"),
+            weights[f"{prefix}embeddings.word_embeddings.weight"],
+            pad_table(weights[f"{prefix}embeddings.position_embeddings.weight"][first_position:]),
+            weights[f"{prefix}embeddings.token_type_embeddings.weight"][0],
+            _norm(config, weights, f"{prefix}embeddings.LayerNorm"),
         )
         self.read_memory = memory.plan_read(embeddings, backend=backend)
         self.embed = memory.plan_embed(embeddings, backend=backend)
-        self.blocks = [BertBlock(config, weights, i, backend) for i in range(config["num_hidden_layers"])]
+        count = config["num_hidden_layers"]
+        self.blocks = [
+            BertBlock(config, weights, f"{prefix}encoder.layer.{i}.", last=i == count - 1, backend=backend)
+            for i in range(count)
+        ]
         self.write_memory = memory.plan_write(None, backend=backend)
-        self.pooler = norm_linear.plan(_linear(weights, "bert.pooler.dense"), activation="tanh", backend=backend)
-        self.classifier = norm_linear.plan(_linear(weights, "classifier"), backend=backend)
+        self.pooler = norm_linear.plan(_linear(weights, head[0]), activation="tanh", backend=backend)
+        self.classifier = norm_linear.plan(_linear(weights, head[1]), backend=backend)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden state of [CLS] [B, E] -> label logits [B, C] in fp32."""
         return self.classifier(self.pooler(hidden)).float()
+
+
+class Bert(BertEncoder):
+    """A BertForSequenceClassification."""
+
+    def __init__(self, config: Mapping[str, Any], weights: Weights, backend: str):
+        super().__init__(config, weights, backend, prefix="bert.", head=("bert.pooler.dense", "classifier"))
 
 
 build = Bert

@@ -10,6 +10,7 @@ from rmt_kernels.lm_head import LMHead, LogProbabilities
 from rmt_kernels.memory import Embed, ReadMemory, WriteMemory
 from rmt_kernels.per_slot import Count, Rows
 from rmt_kernels.segment_attention import KVCache
+from rmt_kernels.weights import Activation
 from torch import Tensor
 
 from rmt_engine.errors import CheckpointError
@@ -17,6 +18,15 @@ from rmt_engine.layouts import ROW_MULTIPLE
 
 Shapes = dict[str, tuple[int, ...]]
 Weights = Mapping[str, Tensor]
+
+# Activations between two linears, by the names that configs have for them.
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
 
 
 class Block(Protocol):

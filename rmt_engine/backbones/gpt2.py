@@ -13,11 +13,10 @@ from rmt_kernels.segment_attention import AttentionSpec, KVCache
 from rmt_kernels.weights import Linear, Norm
 from torch import Tensor
 
-from rmt_engine.backbones.common import Shapes, Weights, pad_table, require
+from rmt_engine.backbones.common import ACTIVATIONS, Shapes, Weights, pad_table, require
 
 TIED = {"lm_head.weight": "transformer.wte.weight"}
 IGNORED = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",)  # causal masks that old files carry
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
 
 def parameter_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -76,7 +75,7 @@ class GPT2Block:
         self.mlp_in = norm_linear.plan(
             _conv1d(weights, f"{name}mlp.c_fc"),
             _norm(weights, f"{name}ln_2", eps),
-            ACTIVATIONS[config["activation_function"]],  # type: ignore[arg-type]
+            ACTIVATIONS[config["activation_function"]],
             backend=backend,
         )
         self.mlp_out = linear_residual.plan(_conv1d(weights, f"{name}mlp.c_proj"), backend=backend)
