@@ -10,7 +10,7 @@ VENV := .venv/bin/pip
 endif
 
 ARGS ?=
-CXX_SOURCES := $(wildcard csrc/*.[ch]pp)
+CXX_SOURCES := $(wildcard csrc/*.[ch]pp csrc/cpu/*.[ch]pp)
 CXX_CHECKS := $(wildcard csrc/tests/*.[ch]pp csrc/fuzz/*.cpp)
 BUILT_FROM := pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 CLANG_FORMAT = "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"/clang-format
@@ -85,6 +85,6 @@ format: setup ## Format Python and C++ in place
 	$(CLANG_FORMAT) -i $(CXX_SOURCES) $(CXX_CHECKS)
 
 clean: ## Remove what was built; .venv and run/ stay
-	rm -rf build dist *.egg-info rmt_engine/_C.*.so .venv/.ready
+	rm -rf build dist *.egg-info rmt_engine/_C.*.so kernels/rmt_kernels/_cpu.*.so .venv/.ready
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +

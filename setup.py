@@ -1,9 +1,11 @@
-"""One extension, two packages; everything else is in pyproject.toml."""
+"""Two packages, an extension in each; everything else is in pyproject.toml."""
 
 from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
+
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 
 setup(
     packages=find_packages(include=["rmt_engine", "rmt_engine.*"]) + find_packages("kernels"),
@@ -15,7 +17,18 @@ setup(
             sorted(glob("csrc/*.cpp")),
             depends=sorted(glob("csrc/*.hpp")),
             cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra", "-Werror"],
-        )
+            extra_compile_args=["-O3", *WARNINGS],
+        ),
+        Pybind11Extension(
+            "rmt_kernels._cpu",
+            sorted(glob("csrc/cpu/*.cpp")),
+            depends=sorted([*glob("csrc/cpu/*.hpp"), *glob("csrc/*.hpp")]),
+            cxx_std=17,
+            # No flag for an instruction set: each file of csrc/cpu says which it is for, and the CPU is asked at run
+            # time. A product and a sum are one instruction wherever they can be. -Wno-psabi: wide vectors as arguments
+            # never leave their file.
+            extra_compile_args=["-O3", "-ffp-contract=fast", *WARNINGS, "-Wno-psabi"],
+            libraries=["dl"],
+        ),
     ],
 )

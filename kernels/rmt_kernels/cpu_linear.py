@@ -1,11 +1,21 @@
-"""A linear layer packed for oneDNN, the floor under every CPU op that multiplies by weights."""
+"""A linear layer planned for a CPU, the floor under every CPU op that multiplies by weights.
+
+Two ways, chosen when it is planned (`plan_linear`): our own kernel where the CPU has AVX2 and nothing wider, in fp32
+(oneDNN reaches two thirds of its speed there, and its GELU costs as much again: docs/perf_log.md); else oneDNN.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rmt_kernels.weights import Linear
+import rmt_kernels._cpu as _cpu
+from rmt_kernels.checks import dims
+from rmt_kernels.weights import Linear, Norm
 
 # activation -> oneDNN's name and algorithm. In the GEMM's epilogue an element's bits do not depend on where it stands;
 # torch's own silu and tanh take another path for the last few elements of a tensor.
@@ -17,27 +27,96 @@ FUSED = {
     "silu": ("swish", ""),
     "tanh": ("tanh", ""),
 }
-ROW_MULTIPLE = 16  # fewer rows would take another GEMM path and give other bits
+ROW_MULTIPLE = 16  # fewer rows would take another GEMM path of oneDNN and give other bits
+OURS = ("avx2",)  # the widest instruction sets of a CPU for which our kernel is known to be the faster one
 
 
-def _pack(weight: Tensor) -> Tensor:
-    # torch before 2.12 packs an opaque oneDNN tensor, later versions a plain one.
-    plain = torch._C._dispatch_has_kernel_for_dispatch_key("mkldnn::_reorder_linear_weight", "CPU")
-    return torch.ops.mkldnn._reorder_linear_weight(weight if plain else weight.to_mkldnn())
+class CPULinear(Protocol):
+    """f(x [..., K]) = act(x Wᵀ + b) [..., N]; also that + other, and that · other, with other [..., N]."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+    def add(self, x: Tensor, other: Tensor) -> Tensor: ...
+    def multiply(self, x: Tensor, other: Tensor) -> Tensor: ...
 
 
-class PackedLinear:
-    """f(x [..., K]) = act(x Wᵀ + b) [..., N]; without an activation also x Wᵀ + b + other, and (x Wᵀ + b) · other."""
+def plan_linear(layer: Linear, activation: str = "none", norm: Norm | None = None) -> CPULinear:
+    """act(norm(x) Wᵀ + b), on whichever is faster here."""
+    if layer.weight.dtype == torch.float32 and _cpu.instruction_sets()[0] in OURS:
+        return NativeLinear(layer, activation, norm)
+    return OneDNNLinear(layer, activation, norm)
 
-    def __init__(self, layer: Linear, activation: str = "none"):
+
+class NativeLinear:
+    """Our own kernel: fp32, the norm done while rows are read, the activation before they are written.
+
+    A row's bits depend neither on the other rows nor on the number of threads, so nothing is padded.
+    """
+
+    def __init__(
+        self, layer: Linear, activation: str = "none", norm: Norm | None = None, instruction_set: str = "auto"
+    ):
+        self.outputs, self.inputs = layer.weight.shape
+        self.kernel = _cpu.Linear(
+            layer.weight.detach().contiguous(),
+            None if layer.bias is None else layer.bias.detach(),
+            "none" if norm is None else norm.kind,
+            None if norm is None else norm.weight.detach(),
+            None if norm is None or norm.bias is None else norm.bias.detach(),
+            0.0 if norm is None else norm.eps,
+            activation,
+            instruction_set,
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = self._rows(x, self.inputs)
+        out = x.new_empty(*x.shape[:-1], self.outputs)
+        stride = rows.stride(0)
+        self.kernel(rows.data_ptr(), len(rows), stride, "none", 0, 0, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        return self._combined("add", x, other)
+
+    def multiply(self, x: Tensor, other: Tensor) -> Tensor:
+        return self._combined("multiply", x, other)
+
+    def _combined(self, how: str, x: Tensor, other: Tensor) -> Tensor:
+        rows, others = self._rows(x, self.inputs), self._rows(other, self.outputs)
+        dims("other", others, "R N", R=len(rows), N=self.outputs)
+        out = x.new_empty(*x.shape[:-1], self.outputs)
+        self.kernel(
+            rows.data_ptr(),
+            len(rows),
+            rows.stride(0),
+            how,
+            others.data_ptr(),
+            others.stride(0),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def _rows(self, x: Tensor, width: int) -> Tensor:
+        """x [..., width] as fp32 rows whose elements lie side by side."""
+        if x.dtype != torch.float32 or x.shape[-1] != width:
+            raise ValueError(f"expected float32 [..., {width}], got {x.dtype} {list(x.shape)}")
+        rows = x.reshape(-1, width)
+        return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+class OneDNNLinear:
+    """oneDNN: weights packed once, bias and activation in the GEMM's epilogue."""
+
+    def __init__(self, layer: Linear, activation: str = "none", norm: Norm | None = None):
         self.out_features = layer.weight.shape[0]
         self.bias = layer.bias
+        self.normalize = plan_norm(norm)
         self.attr, self.algorithm = FUSED[activation]
         with torch.no_grad():  # packed tensors cannot be made in inference mode
             self.weight = _pack(layer.weight.detach().contiguous())
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows, count = padded_rows(x)
+        rows, count = padded_rows(self.normalize(x))
         y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, self.attr, [], self.algorithm)
         return y[:count].view(*x.shape[:-1], self.out_features)
 
@@ -48,10 +127,27 @@ class PackedLinear:
         return self._binary(x, other, "mul")
 
     def _binary(self, x: Tensor, other: Tensor, operation: str) -> Tensor:
-        rows, count = padded_rows(x)
+        assert self.attr == "none", "oneDNN takes one operation behind a product"
+        rows, count = padded_rows(self.normalize(x))
         others, _ = padded_rows(other)
         y = torch.ops.mkldnn._linear_pointwise.binary(rows, others, self.weight, self.bias, operation)
         return y[:count].view(*x.shape[:-1], self.out_features)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    # torch before 2.12 packs an opaque oneDNN tensor, later versions a plain one.
+    plain = torch._C._dispatch_has_kernel_for_dispatch_key("mkldnn::_reorder_linear_weight", "CPU")
+    return torch.ops.mkldnn._reorder_linear_weight(weight if plain else weight.to_mkldnn())
+
+
+def plan_norm(norm: Norm | None) -> Callable[[Tensor], Tensor]:
+    """torch's norm over the last dimension; x itself without one."""
+    if norm is None:
+        return lambda x: x
+    shape, weight, bias, eps = norm.weight.shape, norm.weight, norm.bias, norm.eps
+    if norm.kind == "layer":
+        return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+    return lambda x: F.rms_norm(x, shape, weight, eps)
 
 
 def padded_rows(x: Tensor) -> tuple[Tensor, int]:

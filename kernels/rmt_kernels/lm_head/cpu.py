@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rmt_kernels.cpu_linear import padded_rows
+from rmt_kernels.cpu_linear import padded_rows, plan_norm
 from rmt_kernels.lm_head import LMHead, LogProbabilities
 from rmt_kernels.lm_head.ref import asked
-from rmt_kernels.norm_linear.cpu import plan_norm
 from rmt_kernels.weights import Linear, Norm
 
 # `plan_nll` holds this many logits at a time: 1 MiB in fp32, and as much again for their exponentials. Every GEMM has

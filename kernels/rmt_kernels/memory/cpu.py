@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rmt_kernels.cpu_linear import plan_norm
 from rmt_kernels.memory import Embed, Embeddings, Frame, ReadMemory, WriteMemory
 from rmt_kernels.memory.ref import entries, gathered
-from rmt_kernels.norm_linear.cpu import plan_norm
 from rmt_kernels.per_slot import Count, PerSlot, Rows, column
 from rmt_kernels.weights import Norm
 

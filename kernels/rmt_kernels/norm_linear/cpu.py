@@ -1,25 +1,13 @@
-"""norm_linear on oneDNN: weights packed once, bias and activation in the GEMM's epilogue."""
+"""norm_linear on a CPU: weights packed once; norm, bias and activation done where the product is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch.nn.functional as F
 from torch import Tensor
 
-from rmt_kernels.cpu_linear import PackedLinear
+from rmt_kernels.cpu_linear import plan_linear, plan_norm
 from rmt_kernels.norm_linear import NormLinear
 from rmt_kernels.per_slot import Rows
 from rmt_kernels.weights import Activation, Linear, Norm
-
-
-def plan_norm(norm: Norm | None) -> Callable[[Tensor], Tensor]:
-    if norm is None:
-        return lambda x: x
-    shape, weight, bias, eps = norm.weight.shape, norm.weight, norm.bias, norm.eps
-    if norm.kind == "layer":
-        return lambda x: F.layer_norm(x, shape, weight, bias, eps)
-    return lambda x: F.rms_norm(x, shape, weight, eps)
 
 
 def _halves(layer: Linear) -> tuple[Linear, Linear]:
@@ -29,12 +17,11 @@ def _halves(layer: Linear) -> tuple[Linear, Linear]:
 
 
 def plan(layer: Linear, norm: Norm | None, activation: Activation) -> NormLinear:
-    normalize = plan_norm(norm)
     if activation != "swiglu":
-        packed = PackedLinear(layer, activation)
-        return lambda x, rows=None: packed(normalize(x if rows is None else rows.of(x)))
+        linear = plan_linear(layer, activation, norm)
+        return lambda x, rows=None: linear(x if rows is None else rows.of(x))
     gate_layer, up_layer = _halves(layer)
-    gate, up = PackedLinear(gate_layer, "silu"), PackedLinear(up_layer)
+    normalize, gate, up = plan_norm(norm), plan_linear(gate_layer, "silu"), plan_linear(up_layer)
 
     def swiglu(x: Tensor, rows: Rows | None = None) -> Tensor:
         x = normalize(x if rows is None else rows.of(x))

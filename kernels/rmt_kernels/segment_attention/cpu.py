@@ -1,80 +1,106 @@
-"""segment_attention on torch's fused CPU attention."""
+"""segment_attention in C++ (csrc/cpu): causal tiles are skipped, q, k and v are read where the projection left them."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+import rmt_kernels._cpu as _cpu
+from rmt_kernels.checks import dims
 from rmt_kernels.per_slot import Count, PerSlot
 from rmt_kernels.segment_attention import AttentionSpec, KVCache, SegmentAttention
-from rmt_kernels.segment_attention.ref import heads, rotate
 
-MASKS_KEPT = 64  # tails and answers vary in length: the table must not grow with the stream
-
-
-class CausalMasks:
-    """Additive masks [R, keys] of queries that start at a position; made once a shape."""
-
-    def __init__(self) -> None:
-        self.table: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
-
-    def __call__(self, start: int, rows: int, keys: int, dtype: torch.dtype) -> Tensor:
-        key = (start, rows, keys, dtype)
-        mask = self.table.get(key)
-        if mask is None:
-            if len(self.table) >= MASKS_KEPT:
-                self.table.clear()
-            mask = self.table[key] = torch.full((rows, keys), float("-inf"), dtype=dtype).triu_(start + 1)
-        return mask  # not looked up again: another thread may have cleared the table
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # all computed in fp32
 
 
-def one_by_one(
-    attend: SegmentAttention, q: Tensor, k: Tensor, v: Tensor, length: Count, start: Count, cache: KVCache | None
-) -> Tensor:
-    """Slots with numbers of their own: each as it would be attended alone."""
-    batch = len(q)
-    lengths, starts = numbers(length, batch), numbers(start, batch)
-    pasts = numbers(0 if cache is None else cache.length, batch)
-    out = torch.empty_like(q)
-    for b in range(batch):
-        slot = slice(b, b + 1)
-        own = None if cache is None else KVCache(cache.keys[slot], cache.values[slot], pasts[b])
-        out[slot] = attend(q[slot], k[slot], v[slot], length=lengths[b], start=starts[b], cache=own)
-    if cache is not None:
-        cache.grow(length)
-    return out
+def plan(spec: AttentionSpec, instruction_set: str = "auto") -> SegmentAttention:
+    return NativeAttention(spec, instruction_set)
 
 
-def numbers(count: Count, batch: int) -> list[int]:
-    """The number of each slot."""
-    return count.numbers().tolist() if isinstance(count, PerSlot) else [count] * batch
+class NativeAttention:
+    """See `SegmentAttention`. A row's bits depend neither on other rows or slots nor on the number of threads."""
 
-
-def plan(spec: AttentionSpec) -> SegmentAttention:
-    groups, mask_of = spec.heads // spec.kv_heads, CausalMasks()
-
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, *, length: Count, start: Count = 0, cache: KVCache | None = None
-    ) -> Tensor:
-        past: Count = 0 if cache is None else cache.length
-        if isinstance(length, PerSlot) or isinstance(start, PerSlot) or isinstance(past, PerSlot):
-            return one_by_one(attend, q, k, v, length, start, cache)
-        queries = rotate(heads(q, spec.head_dim), spec.rope, past + start)
-        keys = rotate(heads(k, spec.head_dim), spec.rope, past)[:, :, :length]
-        values = heads(v, spec.head_dim)[:, :, :length]
-        if cache is not None:
-            cache.append(keys, values, length)
-            keys, values = cache.keys[:, :, : past + length], cache.values[:, :, : past + length]
-        from_first = spec.causal and past + start == 0 and queries.shape[2] >= keys.shape[2]
-        mask = None
-        if spec.causal and not from_first:
-            mask = mask_of(past + start, queries.shape[2], keys.shape[2], q.dtype)
-        if groups > 1:
-            keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
-        out = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=from_first, scale=spec.scale
+    def __init__(self, spec: AttentionSpec, instruction_set: str = "auto"):
+        self.spec = spec
+        cos, sin = (None, None) if spec.rope is None else (table.float().contiguous() for table in spec.rope)
+        self.positions = None if spec.rope is None else len(spec.rope[0])
+        self.kernel = _cpu.Attention(
+            spec.heads,
+            spec.kv_heads,
+            spec.head_dim,
+            spec.causal,
+            spec.scale,
+            cos,
+            sin,
+            instruction_set,
         )
-        return out.transpose(1, 2).flatten(2)
 
-    return attend
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, length: Count, start: Count = 0, cache: KVCache | None = None
+    ) -> Tensor:
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+        past: Count = 0 if cache is None else cache.length
+        self._check(q, k, v, length, start, past, cache)
+        batch, rows, _ = q.shape
+        dtype, threads, width = DTYPES[q.dtype], torch.get_num_threads(), self.spec.head_dim
+        keys, values = _heads(k, width), _heads(v, width)
+        if cache is not None:
+            new = keys, values
+            keys, values = _table(cache.keys), _table(cache.values)
+            self.kernel.append(dtype, batch, *new, keys, values, _native(past), _native(length), threads)
+            cache.grow(length)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        self.kernel(
+            dtype,
+            batch,
+            rows,
+            _heads(q, width),
+            keys,
+            values,
+            cache is not None,
+            _native(past),
+            _native(start),
+            _native(length),
+            out.data_ptr(),
+            threads,
+        )
+        return out
+
+    def _check(
+        self, q: Tensor, k: Tensor, v: Tensor, length: Count, start: Count, past: Count, cache: KVCache | None
+    ) -> None:
+        """Everything that the kernel takes at its word, but for numbers of the slots, which are the caller's."""
+        spec = self.spec
+        bound = dims("q", q, "B R E", E=spec.heads * spec.head_dim)
+        bound = dims("k", k, "B T E", B=bound["B"], E=spec.kv_heads * spec.head_dim)
+        dims("v", v, "B T E", **bound)
+        tables = [] if cache is None else [cache.keys, cache.values]
+        if q.dtype not in DTYPES or any(x.dtype != q.dtype or x.device.type != "cpu" for x in (q, k, v, *tables)):
+            found = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v, *tables))
+            raise ValueError(f"attention: expected one of {', '.join(DTYPES.values())} on the CPU, got {found}")
+        for table in tables:
+            dims("cache", table, "B H P D", B=bound["B"], H=spec.kv_heads, D=spec.head_dim)
+        if isinstance(length, int) and not 1 <= length <= bound["T"]:
+            raise ValueError(f"length: expected 1..{bound['T']}, got {length}")
+        if isinstance(length, int) and isinstance(past, int) and tables and past + length > tables[0].shape[2]:
+            raise ValueError(f"the cache has room for {tables[0].shape[2]} rows; {past} + {length} are too many")
+        if self.positions is not None and isinstance(past, int) and isinstance(start, int):
+            end = past + max(start + q.shape[1], length if isinstance(length, int) else 0)
+            if end > self.positions:
+                raise ValueError(f"rope has {self.positions} positions; row {end - 1} is behind them")
+
+
+def _heads(x: Tensor, head_dim: int) -> _cpu.Heads:
+    """x [B, R, H·D]: where its heads lie."""
+    return x.data_ptr(), x.stride(0), head_dim, x.stride(1)
+
+
+def _table(x: Tensor) -> _cpu.Heads:
+    """x [B, H_kv, P, D] of a cache."""
+    if x.stride(3) != 1:
+        raise ValueError(f"cache: expected its elements side by side, got strides {x.stride()}")
+    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+
+
+def _native(count: Count) -> _cpu.Count:
+    return (count.slots.data_ptr(), count.plus) if isinstance(count, PerSlot) else count
