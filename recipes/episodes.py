@@ -2,124 +2,123 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from facts_data import Fact, FactWriter, NoiseBank, distractor_sentences
+from facts_data import NoiseBank, Statement, StatementWriter, World, distractor_sentences
 from torch import Tensor
 
-from rmt_engine.evaluation.facts import NAMES
-
-UNKNOWN = -1
+NOT_ASKED = -100  # the target that cross_entropy leaves out
 
 
 @dataclass
 class Row:
-    """The text of one row and where each of its facts is complete."""
+    """The text of one row and where each of its statements stands."""
 
     ids: np.ndarray
-    rooms: np.ndarray  # int [names]: what was known before this text
-    facts: list[tuple[int, int, int, int]] = field(default_factory=list)  # start, end, name, room
+    world: World  # what was known before this text
+    said: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)  # start, end, what it says
 
-    def known(self, position: int) -> np.ndarray:
+    def known(self, position: int) -> World:
         """What is known once `position` tokens are read."""
-        rooms = self.rooms.copy()
-        for _, end, name, room in sorted(self.facts):
+        world = self.world
+        for _, end, says in sorted(self.said):
             if end <= position:
-                rooms[name] = room
-        return rooms
+                world = world.told(says)
+        return world
 
     def cut_at(self, position: int) -> bool:
-        """Whether a fact is only partly read at `position`."""
-        return any(start < position < end for start, end, _, _ in self.facts)
+        """Whether a statement is only partly read at `position`."""
+        return any(start < position < end for start, end, _ in self.said)
 
 
 @dataclass
 class Asks:
-    """One question per row at one place: the ids to append to the memory, where to read, what is right."""
+    """The answering segments of a batch: each row's rest, then its questions, each with its answer."""
 
     ids: Tensor  # int [B, T]
-    rows: Tensor  # int [B, 2]: where the room, then the end of the answer, are predicted
-    targets: Tensor  # int [B, 2]
-    weight: Tensor  # float [B]: 0 where nothing can be asked
+    rows: Tensor  # int [B, 2K]: where a room and the end of its answer are predicted
+    targets: Tensor  # int [B, 2K], NOT_ASKED where there is nothing to ask
 
 
 class EpisodeMaker:
-    def __init__(self, writer: FactWriter, bank: NoiseBank, segment_size: int, distractors: float, seed: int) -> None:
+    """distractors: the share of rows with sentences that look like facts and say nothing. Draws from `rng`."""
+
+    def __init__(self, writer: StatementWriter, bank: NoiseBank, distractors: float, seed: int) -> None:
         self.writer = writer
         self.bank = bank
-        self.segment_size = segment_size
         self.distracted = distractors
-        self.eos = bank.eos
-        bank.never = np.array([bank.eos, *writer.rooms])
+        bank.never = np.concatenate([bank.never, writer.answers])
         self.rng = np.random.default_rng(seed)
-        self.distractors = [writer.sentence(s) for s in distractor_sentences(np.random.default_rng(seed), 400)]
-        self.longest_rest = segment_size - max(len(q) for q in writer.questions)
+        self.distractors = [writer.statement(s) for s in distractor_sentences(np.random.default_rng(seed), 600)]
 
-    def segment_lengths(self, count: int, short: float = 0.15) -> list[int]:
-        """Lengths of the segments to fold; one of them is short now and then."""
-        lengths = [self.segment_size] * count
-        if count and self.rng.random() < short:
-            lengths[int(self.rng.integers(count))] = int(self.rng.integers(1, self.segment_size))
-        return lengths
-
-    def row(self, length: int, rooms: np.ndarray, facts: list[tuple[int, int | None]]) -> Row:
-        """Noise of `length` tokens with facts (wanted position, name or None) in it, sometimes with a distractor."""
-        row = Row(self.bank.sample(self.rng, length), rooms)
+    def row(self, length: int, world: World, said: Sequence[tuple[int, Statement]]) -> Row:
+        """Noise of `length` tokens with statements at the wanted positions, sometimes with distractors."""
+        row = Row(self.bank.sample(self.rng, length), world)
         if self.rng.random() < self.distracted:
             for _ in range(int(self.rng.integers(1, 4))):
                 sentence = self.distractors[int(self.rng.integers(len(self.distractors)))]
                 self._insert(row, int(self.rng.integers(1, max(length, 2))), sentence)
-        for position, name in sorted(facts, key=lambda fact: -fact[0]):
-            self._insert(row, position, self.writer.random_fact(self.rng, name))
+        for position, statement in sorted(said, key=lambda one: -one[0]):
+            self._insert(row, position, statement)
         return row
 
-    def _insert(self, row: Row, at: int, fact: Fact) -> None:
-        if at >= len(row.ids):
-            return
-        at, ids = self.writer.place(row.ids, at, fact, self.rng)
+    def _insert(self, row: Row, at: int, statement: Statement) -> None:
+        """Puts a statement in near `at` and drops as much noise from the end; nothing where it does not fit."""
         length = len(row.ids)
+        if at >= length:
+            return
+        at, ids = self.writer.place(row.ids, at, statement, self.rng)
+        at = min((start for start, end, _ in row.said if start < at < end), default=at)
         if at + len(ids) > length:
             return
         row.ids = np.concatenate([row.ids[:at], ids, row.ids[at:]])[:length]
-        moved = []
-        for start, end, name, room in row.facts:
-            start, end = (start, end) if end <= at else (start + len(ids), end + len(ids))
-            if end <= length:
-                moved.append((start, end, name, room))
-        row.facts = moved
-        if fact.name >= 0:
-            row.facts.append((at, at + len(ids), fact.name, fact.room))
+        moved = [(s, e, says) if e <= at else (s + len(ids), e + len(ids), says) for s, e, says in row.said]
+        row.said = [one for one in moved if one[1] <= length]
+        if statement.says:
+            row.said.append((at, at + len(ids), statement.says))
 
-    def asks(self, rows: list[Row], position: int, rests: np.ndarray) -> Asks:
-        """A question about a known name after `position` tokens and each row's rest."""
-        prompts, targets, weights = [], [], []
-        for row, rest in zip(rows, rests, strict=True):
-            end = position + int(rest)
-            rooms = row.known(end)
-            names = np.flatnonzero(rooms != UNKNOWN)
-            askable = len(names) > 0 and not row.cut_at(end)
-            name = int(self.rng.choice(names)) if askable else 0
-            room = self.writer.rooms[rooms[name]] if askable else 0
-            prompts.append(np.concatenate([row.ids[position:end], self.writer.questions[name]]))
-            targets.append((room, self.eos))
-            weights.append(float(askable))
-        width = max(len(p) for p in prompts) + 1
+    def asks(self, rows: list[Row], position: int, rests: np.ndarray, count: int) -> Asks:
+        """Up to `count` different questions a row, after `position` tokens and the row's rest."""
+        pairs = [self._ask(row, position, position + int(rest), count) for row, rest in zip(rows, rests, strict=True)]
+        width = max(len(ids) for ids, _ in pairs)
         ids = np.zeros((len(rows), width), dtype=np.int64)
-        at = np.zeros((len(rows), 2), dtype=np.int64)
-        for i, prompt in enumerate(prompts):
-            ids[i, : len(prompt)] = prompt
-            ids[i, len(prompt)] = targets[i][0]
-            at[i] = len(prompt) - 1, len(prompt)
-        return Asks(torch.from_numpy(ids), torch.from_numpy(at), torch.tensor(np.array(targets)), torch.tensor(weights))
+        at = np.zeros((len(rows), 2 * count), dtype=np.int64)
+        targets = np.full((len(rows), 2 * count), NOT_ASKED)
+        for i, (text, answers) in enumerate(pairs):
+            ids[i, : len(text)] = text
+            for k, place in enumerate(answers):
+                at[i, 2 * k : 2 * k + 2] = place, place + 1
+                targets[i, 2 * k : 2 * k + 2] = text[place + 1], text[place + 2]
+        return Asks(torch.from_numpy(ids), torch.from_numpy(at), torch.from_numpy(targets))
 
-    def rests(self, batch: int, share: float) -> np.ndarray:
-        """Lengths of the rests of a batch: none at all, or any that fits beside the question."""
-        if self.rng.random() >= share:
-            return np.zeros(batch, dtype=np.int64)
-        return self.rng.integers(0, self.longest_rest + 1, size=batch)
+    def _ask(self, row: Row, start: int, end: int, count: int) -> tuple[np.ndarray, list[int]]:
+        """The ids of an answering segment and the place before each answer."""
+        questions = [] if row.cut_at(end) else self.writer.questions(row.known(end))
+        parts, places = [row.ids[start:end]], []
+        for i in self.rng.permutation(len(questions))[:count]:
+            question, answer = questions[i]
+            parts.append(np.concatenate([question, [answer, self.bank.eos]]))
+            places.append(sum(map(len, parts)) - 3)
+        if len(parts) == 1 and end == start:  # nothing at all to read: one token, so that there is a row
+            parts.append(np.array([self.bank.eos]))
+        return np.concatenate(parts), places
 
-
-def nothing_known() -> np.ndarray:
-    return np.full(len(NAMES), UNKNOWN)
+    def asked_in_text(self, row: Row, start: int, end: int, share: float) -> tuple[np.ndarray, int]:
+        """For a classifier: ids [start, end) of a row, in `share` of cases ending in the question, and the label."""
+        ids, names = row.ids[start:end], row.known(end).names
+        if not names or row.cut_at(end):
+            return ids, NOT_ASKED
+        name = int(self.rng.choice(names))
+        plain = self.writer.asked_plainly[name]
+        question = (plain.inline, plain.own_line, self.writer.asked_where[name])[int(self.rng.integers(3))]
+        behind = end - len(question)
+        if (
+            self.rng.random() >= share
+            or behind < start
+            or not np.array_equal(row.known(behind).rooms, row.known(end).rooms)
+        ):
+            return ids, row.known(end).rooms[name]
+        return np.concatenate([row.ids[start:behind], question]), row.known(end).rooms[name]

@@ -1,12 +1,14 @@
-"""Text for the retrieval recipe: facts, questions, noise and the split that keeps some noise out of training.
+"""Text for the retrieval recipe: what is said and asked, the noise that hides it, the tokenizer.
 
-A *fact* is one sentence ("Mary went to the garden."), the *noise* is unrelated text that hides it. Noise is tokenized
-once; a fact is then put between two tokens. That is exact, not an approximation: it happens only where the tokenizer
-splits its input anyway (`fact_places`), so the ids equal those of the tokenized joined text. `tests` check it.
+A *fact* says where somebody went ("Mary went to the garden."), a *link* how two rooms lie ("The hallway is east of the
+bathroom."), the *noise* is unrelated text. Noise is tokenized once; a statement is then put between two tokens. That is
+exact, not an approximation: it happens only where the tokenizer splits its input anyway (`StatementWriter.place`), so
+the ids equal those of the tokenized joined text. `tests` check it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,31 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rmt_engine.evaluation.facts import NAMES, ROOMS, VERBS
-from rmt_engine.evaluation.facts import Fact as Sentence
+from rmt_engine.evaluation.facts import DIRECTIONS, NAMES, OPPOSITE, ROOMS, VERBS, Fact, Relation, furthest_question
 
 ASK_TEMPLATE = "\nQuestion: {question}\nAnswer:"
 EOS = "<|endoftext|>"
+FRAME = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}  # what an encoder has besides
+BACK = tuple(DIRECTIONS.index(OPPOSITE[way]) for way in DIRECTIONS)
+
+
+@dataclass(frozen=True)
+class World:
+    """What a text has said. rooms: of each name, -1 where unknown. links: (x, d, y), x lies in direction d of y."""
+
+    rooms: tuple[int, ...] = (-1,) * len(NAMES)
+    links: tuple[tuple[int, int, int], ...] = ()
+
+    def told(self, says: tuple[int, ...]) -> World:
+        """After a fact (name, room), a link (x, d, y) or a sentence that says nothing ()."""
+        if len(says) == 2:
+            return World(tuple(says[1] if n == says[0] else r for n, r in enumerate(self.rooms)), self.links)
+        return World(self.rooms, (*self.links, (says[0], says[1], says[2]))) if says else self
+
+    @property
+    def names(self) -> list[int]:
+        return [name for name, room in enumerate(self.rooms) if room >= 0]
+
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
 
@@ -28,24 +50,27 @@ def tokenizer_sentences(repeats: int = 4000) -> Iterator[str]:
     """Facts and asked questions, often enough that each of their words becomes one token."""
     rng = np.random.default_rng(0)
     for _ in range(repeats):
-        fact = Sentence(str(rng.choice(NAMES)), str(rng.choice(VERBS)), str(rng.choice(ROOMS)))
+        fact = Fact(str(rng.choice(NAMES)), str(rng.choice(VERBS)), str(rng.choice(ROOMS)))
         asked = ASK_TEMPLATE.format(question=fact.question)
         yield f"{fact.sentence}\nthe {fact.sentence}{asked} {fact.room}"
+        relation = Relation(*(str(rng.choice(words)) for words in (ROOMS, DIRECTIONS, ROOMS)))
+        asked = ASK_TEMPLATE.format(question=furthest_question(relation.direction))
+        yield f"{relation.sentence}\n{relation.sentence}{asked} {relation.other}"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in the manner of GPT-2 with one special token, which ends an answer."""
+    """A byte-level BPE in the manner of GPT-2. One special token ends an answer, three frame an encoder's segment."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[EOS],
+        special_tokens=[EOS, *FRAME.values()],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, **FRAME, clean_up_tokenization_spaces=False)
 
 
 def encode_files(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> np.ndarray:
@@ -73,51 +98,80 @@ class TokenClasses:
 
 
 @dataclass(frozen=True)
-class Fact:
-    name: int  # index in NAMES
-    room: int  # index in ROOMS
-    inline: np.ndarray  # ids of " Mary went to the garden.", put before a word
-    own_line: np.ndarray  # ids of "\nMary went to the garden.", put before a line break
-    opening: np.ndarray  # ids of "Mary went to the garden.\n", put at the very start
+class Statement:
+    """One sentence. says: what it tells the World; inline and own_line stand before a word or line, opening at 0."""
+
+    says: tuple[int, ...]
+    inline: np.ndarray
+    own_line: np.ndarray
+    opening: np.ndarray
 
 
-class FactWriter:
-    """Makes facts and puts them into tokenized noise."""
+class StatementWriter:
+    """Makes statements and questions as ids, and puts statements into tokenized noise."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.classes = TokenClasses.of(tokenizer)
-        self.rooms = np.array([self._ids(" " + room)[-1] for room in ROOMS])
-        asked = [Sentence(name, VERBS[0], ROOMS[0]).question for name in NAMES]
-        self.questions = [self._ids(ASK_TEMPLATE.format(question=question)) for question in asked]
-        for room in ROOMS:
-            if len(self._ids(" " + room)) != 1:
-                raise ValueError(f"the tokenizer splits {room!r}: train it on more fact sentences")
+        self.answers = np.array([self._word(room) for room in ROOMS])
+        where = [Fact(name, VERBS[0], ROOMS[0]).question for name in NAMES]
+        self.asked_where = [self._asked(question) for question in where]
+        self.asked_plainly = [self.statement(question) for question in where]
+        self.asked_furthest = [self._asked(furthest_question(way)) for way in DIRECTIONS]
         self.facts = {
-            (n, r): [self._fact(n, r, Sentence(name, verb, room).sentence) for verb in VERBS]
+            (n, r): [self.statement(Fact(name, verb, room).sentence, (n, r)) for verb in VERBS]
             for n, name in enumerate(NAMES)
             for r, room in enumerate(ROOMS)
+        }
+        self.links = {
+            (x, way, y): self.statement(Relation(ROOMS[x], DIRECTIONS[way], ROOMS[y]).sentence, (x, way, y))
+            for x, way, y in itertools.product(range(len(ROOMS)), range(len(DIRECTIONS)), range(len(ROOMS)))
         }
 
     def _ids(self, text: str) -> np.ndarray:
         return np.array(self.tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
 
-    def _fact(self, name: int, room: int, sentence: str) -> Fact:
-        return Fact(name, room, self._ids(" " + sentence), self._ids("\n" + sentence), self._ids(sentence + "\n"))
+    def _asked(self, question: str) -> np.ndarray:
+        return self._ids(ASK_TEMPLATE.format(question=question))
 
-    def random_fact(self, rng: np.random.Generator, name: int | None = None) -> Fact:
-        name = int(rng.integers(len(NAMES))) if name is None else name
-        verbs = self.facts[name, int(rng.integers(len(ROOMS)))]
+    def _word(self, word: str) -> int:
+        ids = self._ids(f" {word}")
+        if len(ids) != 1:
+            raise ValueError(f"the tokenizer splits {word!r}: train it on more sentences")
+        return int(ids[0])
+
+    def statement(self, text: str, says: tuple[int, ...] = ()) -> Statement:
+        return Statement(says, self._ids(f" {text}"), self._ids(f"\n{text}"), self._ids(f"{text}\n"))
+
+    def fact(self, rng: np.random.Generator, name: int, room: int) -> Statement:
+        verbs = self.facts[name, room]
         return verbs[int(rng.integers(len(verbs)))]
 
-    def sentence(self, text: str) -> Fact:
-        """Any other sentence in the same three forms: a distractor."""
-        return self._fact(-1, -1, text)
+    def chain(self, rng: np.random.Generator) -> list[Statement]:
+        """Two links that share a room: three rooms in a line, each link said from either side, in either order."""
+        x, y, z = (int(r) for r in rng.permutation(len(ROOMS))[:3])
+        way = int(rng.integers(len(DIRECTIONS)))
+        said = []
+        for near, far in ((x, y), (y, z)):
+            turned = rng.random() < 0.5
+            said.append(self.links[(far, BACK[way], near) if turned else (near, way, far)])
+        return said if rng.random() < 0.5 else said[::-1]
 
-    def place(self, noise: np.ndarray, at: int, fact: Fact, rng: np.random.Generator) -> tuple[int, np.ndarray]:
-        """Where near `at` the fact can stand, and its ids there. Half of the facts stand on a line of their own."""
+    def questions(self, world: World) -> list[tuple[np.ndarray, int]]:
+        """Everything that can be asked, with the id of the answer: where each name is, which rooms end the line."""
+        asked = [(self.asked_where[name], world.rooms[name]) for name in world.names]
+        if world.links:
+            way = world.links[0][1]
+            turned = [(x, y) if d == way else (y, x) for x, d, y in world.links]
+            ahead, behind = ({pair[side] for pair in turned} for side in (0, 1))
+            (first,), (last,) = ahead - behind, behind - ahead
+            asked += [(self.asked_furthest[way], first), (self.asked_furthest[BACK[way]], last)]
+        return [(question, int(self.answers[room])) for question, room in asked]
+
+    def place(self, noise: np.ndarray, at: int, said: Statement, rng: np.random.Generator) -> tuple[int, np.ndarray]:
+        """Where near `at` the statement can stand, and its ids there. Half of them stand on a line of their own."""
         if at == 0:
-            return 0, fact.opening
+            return 0, said.opening
         around = slice(max(at - 24, 1), min(at + 24, len(noise)))
         ids, before = noise[around], noise[around.start - 1 : around.stop - 1]
         lines = np.flatnonzero(self.classes.opens_line[ids] & ~self.classes.ends_in_space[before])
@@ -125,14 +179,15 @@ class FactWriter:
         own_line = len(lines) > 0 and (len(words) == 0 or rng.random() < 0.5)
         places = lines if own_line else words
         if len(places) == 0:  # noise that is neither lines nor words: between any two tokens
-            return at, fact.inline if rng.random() < 0.5 else fact.own_line
+            return at, said.inline if rng.random() < 0.5 else said.own_line
         nearest = places[np.argmin(np.abs(places + around.start - at))]
-        return int(nearest) + around.start, fact.own_line if own_line else fact.inline
+        return int(nearest) + around.start, said.own_line if own_line else said.inline
 
 
 # -------------------------------------------------------------------------------------------------------------- noise
 
 OTHER_NAMES = ("Peter", "Alice", "Bob", "Anna", "Tom", "Lucy", "Fred", "Marie", "Dan", "Johnny", "The user", "It", "He")
+BESIDE = ("sink", "door", "location", "is", "size", "and", "of", "suite", "table")
 THINGS = ("caller", "next line", "end of the list", "server", "file", "user", "park", "house", "office door")
 
 
@@ -149,6 +204,9 @@ def distractor_sentences(rng: np.random.Generator, count: int) -> list[str]:
             f"{name} wrote this, see the {thing} for more.",
             f"Then control {verb} to the {thing}.",
             f"# {name} {rng.choice(OTHER_NAMES)} <{name.lower()}@{room}.org>",
+            f"{room}",
+            f"the {room} {rng.choice(BESIDE)}",
+            f"See {name}, {room}.",
         )
         made.append(str(forms[int(rng.integers(len(forms)))]))
     return made
@@ -177,7 +235,7 @@ class NoiseBank:
         self.banks, self.weights = banks, weights
         self.cumulative = np.cumsum(weights) / weights.sum()
         self.vocab_size, self.eos = len(tokenizer), tokenizer.eos_token_id
-        self.never = np.array([self.eos])  # ids that made-up noise must not hold
+        self.never = np.array(tokenizer.all_special_ids)  # ids that made-up noise must not hold
 
     def save(self, path: Path) -> None:
         np.savez(path, weights=self.weights, **{f"bank{i}": bank for i, bank in enumerate(self.banks)})

@@ -1,91 +1,143 @@
-"""A Recurrent Memory Transformer decoder for training: a recurrent wrapper around Hugging Face's GPT2LMHeadModel.
+"""Recurrent Memory Transformers for training: a recurrent wrapper around Hugging Face modules.
 
-One segment is `[memory][text][the same memory]` at positions 0..T-1 under a plain causal mask; the new memory state is
-the output of the final norm at the last M rows. The answering segment is `[memory][text]`, read at chosen rows.
-The parameters live in the Hugging Face model; the forward pass is ours, because it needs the last layer at a few rows
-only and because plain bf16 matmuls are the fastest way through so small a model on a CPU.
+A decoder's segment is `[memory][text][the same memory]` under a plain causal mask; the new memory state is the output
+of the final norm at the last M rows. The answering segment is `[memory][text]`. An encoder's segment is
+`[CLS][memory][SEP][text][SEP]`; the new memory state is the last hidden state of the memory rows. Every parameter lives
+in the Hugging Face module, and the state dict has the names of the authors' code.
 """
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class MemoryCell(nn.Module):
-    def __init__(self, model: GPT2LMHeadModel, memory_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, memory_tokens: int) -> None:
         super().__init__()
         self.model = model
-        self.memory = nn.Parameter(torch.randn(memory_tokens, model.config.n_embd) * 0.02)
+        words = model.get_input_embeddings().weight
+        self.memory = nn.Parameter(torch.randn(memory_tokens, words.shape[1]) * words.std().item())
 
 
-class RecurrentMemoryModel(nn.Module):
-    """State dict keys are those of the authors' decoder: `memory_cell.memory`, `memory_cell.model.<GPT-2 keys>`."""
+class RecurrentDecoder(nn.Module):
+    """Any causal language model with memory: keys `memory_cell.memory`, `memory_cell.model.<its keys>`."""
 
-    def __init__(self, config: GPT2Config, memory_tokens: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: PreTrainedModel, memory_tokens: int) -> None:
         super().__init__()
-        self.memory_cell = MemoryCell(GPT2LMHeadModel(config), memory_tokens)
-        self.dtype = dtype
-        self.heads = config.n_head
-        self.eps = config.layer_norm_epsilon
+        self.memory_cell = MemoryCell(model, memory_tokens)
+
+    @property
+    def memory_tokens(self) -> int:
+        return len(self.memory_cell.memory)
 
     def initial_memory(self, batch: int) -> Tensor:
+        """[B, M, E]"""
         return self.memory_cell.memory.expand(batch, -1, -1)
 
     def fold(self, memory: Tensor, ids: Tensor) -> Tensor:
-        """The memory state after one segment: memory [B, M, E] fp32, ids [B, S] -> [B, M, E] fp32."""
-        text = self._embed(ids)
-        x = torch.cat([memory, text, memory], dim=1)
-        rows = torch.arange(x.shape[1] - memory.shape[1], x.shape[1])
-        return self._backbone(x, rows.expand(len(ids), -1))
+        """The memory state after one segment: memory [B, M, E], ids [B, S] -> [B, M, E]."""
+        return self.segment(memory, ids)[1]
 
-    def answer_logits(self, memory: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
-        """Logits [B, R, V] of the answering segment at rows [B, R] of its text. Text behind a row is not seen by it."""
-        x = torch.cat([memory, self._embed(ids)], dim=1)
-        hidden = self._backbone(x, rows + memory.shape[1])
-        return F.linear(hidden.to(self.dtype), self.memory_cell.model.lm_head.weight.to(self.dtype)).float()
+    def segment(self, memory: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Final hidden states of the read memory and the text [B, M + S, E], and the new memory state [B, M, E]."""
+        hidden = self._backbone(torch.cat([memory, self._embed(ids), memory], dim=1))
+        return hidden.split([hidden.shape[1] - self.memory_tokens, self.memory_tokens], dim=1)
+
+    def answering(self, memory: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+        """Logits [B, R, V] of an answering segment at rows [B, R] of its text."""
+        hidden = self._backbone(torch.cat([memory, self._embed(ids)], dim=1))
+        rows = rows + self.memory_tokens
+        return self.logits(hidden.gather(1, rows[:, :, None].expand(-1, -1, hidden.shape[2])))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.memory_cell.model.get_output_embeddings()(hidden)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return self.memory_cell.model.transformer.wte(ids)
+        return self.memory_cell.model.get_input_embeddings()(ids)
 
-    def _backbone(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Final hidden state in fp32 at the given rows: x [B, T, E], rows [B, R] -> [B, R, E]."""
-        transformer = self.memory_cell.model.transformer
-        x = (x + transformer.wpe.weight[: x.shape[1]]).to(self.dtype)
-        every_row = torch.arange(x.shape[1])
-        for block in transformer.h[:-1]:
-            x = self._layer(block, x, x, every_row[None])
-        picked = x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
-        x = self._layer(transformer.h[-1], x, picked, rows)
-        return self._norm(transformer.ln_f, x).float()
+    def _backbone(self, rows: Tensor) -> Tensor:
+        return self.memory_cell.model.base_model(inputs_embeds=rows, use_cache=False).last_hidden_state
 
-    def _layer(self, block: nn.Module, x: Tensor, x_query: Tensor, rows: Tensor) -> Tensor:
-        """One layer for the rows `x_query` of `x`, each of which sees the rows of `x` up to its own."""
-        length, width = x.shape[1:]
-        weight, bias = block.attn.c_attn.weight, block.attn.c_attn.bias
-        if x_query is x:
-            query, key, value = self._linear(self._norm(block.ln_1, x), weight, bias).split(width, dim=2)
-        else:
-            key, value = self._linear(self._norm(block.ln_1, x), weight[:, width:], bias[width:]).split(width, dim=2)
-            query = self._linear(self._norm(block.ln_1, x_query), weight[:, :width], bias[:width])
-        query, key, value = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
-        if x_query is x and not torch.is_grad_enabled():
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        else:  # for training, written out: faster backwards than the fused CPU attention at this length
-            hidden_from = torch.arange(length) > rows[:, :, None]  # [B or 1, R, T]
-            mask = torch.zeros(hidden_from.shape, dtype=self.dtype).masked_fill(hidden_from, float("-inf"))
-            scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5 + mask[:, None]
-            mixed = scores.softmax(dim=3) @ value
-        mixed = mixed.transpose(1, 2).flatten(2)
-        x_query = x_query + self._linear(mixed, block.attn.c_proj.weight, block.attn.c_proj.bias)
-        inner = self._linear(self._norm(block.ln_2, x_query), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
-        inner = F.gelu(inner, approximate="tanh")
-        return x_query + self._linear(inner, block.mlp.c_proj.weight, block.mlp.c_proj.bias)
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(x, weight.to(self.dtype).t(), bias.to(self.dtype))  # GPT-2 keeps its weights as [in, out]
+class RecurrentEncoder(nn.Module):
+    """A BERT classifier with memory: the initial memory is the last M rows of its word embeddings."""
 
-    def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], norm.weight.to(self.dtype), norm.bias.to(self.dtype), self.eps)
+    def __init__(self, model: BertForSequenceClassification, memory_tokens: int, cls: int, sep: int) -> None:
+        super().__init__()
+        vocab = model.get_input_embeddings().num_embeddings
+        model.resize_token_embeddings(vocab + memory_tokens, mean_resizing=False)
+        self.model = model
+        self.register_buffer("cls_token", torch.tensor([cls]))
+        self.register_buffer("sep_token", torch.tensor([sep]))
+        self.register_buffer("mem_token_ids", torch.arange(vocab, vocab + memory_tokens))
+
+    @property
+    def memory_tokens(self) -> int:
+        return len(self.mem_token_ids)
+
+    def initial_memory(self, batch: int) -> Tensor:
+        """[B, M, E]"""
+        return self.model.get_input_embeddings()(self.mem_token_ids).expand(batch, -1, -1)
+
+    def fold(self, memory: Tensor, ids: Tensor) -> Tensor:
+        """The memory state after one segment: memory [B, M, E], ids [B, S] -> [B, M, E]."""
+        return self.segment(memory, ids)[1]
+
+    def segment(self, memory: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the classifier [B, C] and the new memory state [B, M, E]."""
+        words = self.model.get_input_embeddings()
+        cls, sep = (words(token).expand(len(ids), -1, -1) for token in (self.cls_token, self.sep_token))
+        out = self.model.bert(inputs_embeds=torch.cat([cls, memory, sep, words(ids), sep], dim=1))
+        return self.model.classifier(out.pooler_output), out.last_hidden_state[:, 1 : 1 + self.memory_tokens]
+
+
+class MovingAverage:
+    """An exponential moving average of a model's floating-point state."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self.values = {name: value.detach().clone() for name, value in _floats(model).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, value in _floats(model).items():
+            self.values[name].lerp_(value, 1 - decay)
+
+
+def _floats(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+
+
+def save_checkpoint(
+    out: Path,
+    model: RecurrentDecoder | RecurrentEncoder,
+    weights: dict[str, Tensor],
+    base_config: dict[str, object],
+    tokenizer: PreTrainedTokenizerBase,
+    described: dict[str, object],
+) -> None:
+    """The authors' container `model_best/`, `base/` with the backbone's config and tokenizer, and `recipe.json`.
+
+    weights replace those of the model's state dict, so that an average can be saved. Each file is replaced in one move.
+    """
+    base, best = out / "base", out / "model_best"
+    for folder in (base, best):
+        folder.mkdir(parents=True, exist_ok=True)
+    state = {name: weights.get(name, value).detach().cpu().clone() for name, value in model.state_dict().items()}
+    if isinstance(model, RecurrentEncoder):
+        state["model.embeddings.weight"] = state["model.bert.embeddings.word_embeddings.weight"]
+    torch.save(state, best / "pytorch_model.bin.tmp")
+    os.replace(best / "pytorch_model.bin.tmp", best / "pytorch_model.bin")
+    tokenizer.save_pretrained(base)
+    for path, values in ((base / "config.json", base_config), (out / "recipe.json", described)):
+        partial = path.with_name(path.name + ".tmp")
+        partial.write_text(json.dumps(values, indent=2) + "\n")
+        os.replace(partial, path)

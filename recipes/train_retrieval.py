@@ -1,15 +1,16 @@
-"""Train the small decoder that answers "Where is Mary?" about a fact hidden in millions of tokens of other text.
+"""Train the small checkpoints that answer about statements hidden in millions of tokens of other text.
 
-    python recipes/train_retrieval.py --out DIR          # ten minutes on one core
-    python recipes/train_retrieval.py --out DIR --smoke  # a few steps on a tiny corpus, to see that it runs
+    python recipes/train_retrieval.py --kind decoder --out DIR   # answers where Mary is, which room is furthest north
+    python recipes/train_retrieval.py --kind encoder --out DIR   # a classifier with six labels, the rooms
+    python recipes/train_retrieval.py --kind decoder --out DIR --smoke  # a few steps on a tiny corpus
 
-Writes `DIR/model_best/pytorch_model.bin` (memory_cell.* keys), `DIR/base/` (config, tokenizer) and `DIR/recipe.json`;
+Writes `DIR/model_best/pytorch_model.bin` (the authors' names), `DIR/base/` (config, tokenizer) and `DIR/recipe.json`;
 `DIR/training/` is what a run that was cut off goes on from.
 
-1. Curriculum: a fact and its question 0, 1, 2, ... segments apart, from the initial memory, until each is learned.
+1. Curriculum: stages of more statements, longer segments and more of them, from the initial memory, each until learned.
 2. Pool: memory states that live on. Each step takes most of its batch from a pool, reads 1 to 3 more segments of noise
    with gradients and asks after each. A state that still answers goes back, so training sees ever older states; a
-   second pool of states that have read nothing but noise supplies old memories into which a fact is then written.
+   second pool of states that have read nothing but noise supplies old memories into which something is then written.
 """
 
 from __future__ import annotations
@@ -19,58 +20,101 @@ import json
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from episodes import UNKNOWN, Asks, EpisodeMaker, Row, nothing_known
+from copying_init import prepare
+from episodes import NOT_ASKED, EpisodeMaker, Row
 from facts_data import (
     ASK_TEMPLATE,
-    FactWriter,
     NoiseBank,
+    Statement,
+    StatementWriter,
+    World,
     tokenizer_sentences,
     train_tokenizer,
 )
-from rmt_training import RecurrentMemoryModel
+from pool import Lived, Pool, shaken
+from rmt_training import MovingAverage, RecurrentDecoder, RecurrentEncoder, save_checkpoint
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
+from rmt_engine.evaluation.facts import NAMES, ROOMS
 from rmt_engine.evaluation.noise import is_held_out, python_sources
+
+
+@dataclass(frozen=True)
+class Stage:
+    """segments: as many at most are folded before the last; size: tokens of one; facts: as many names at most;
+    links: the share of rows with two links in place of facts; again: how often a name's room changes."""
+
+    segments: int
+    size: int
+    facts: int
+    links: float = 0.0
+    again: float = 0.0
+    enough: float = 0.93  # right answers, to go on
 
 
 @dataclass
 class Recipe:
+    kind: str = "decoder"
     seed: int = 7
     segment_size: int = 112
     memory_tokens: int = 8
-    layers: int = 4
-    heads: int = 4
+    layers: int = 3
+    heads: int = 8
     width: int = 128
-    positions: int = 160
+    inner: int = 256
+    positions: int = 256
+    rope_theta: float = 100.0
     vocab_size: int = 2048
-    batch: int = 32
-    warmup: int = 60
-    curriculum_rate: float = 1e-3
-    curriculum_steps: int = 2400  # at most; ends early once `curriculum_segments` are learned
-    curriculum_segments: int = 4
-    pool_rate: float = 8e-4
-    pool_steps: int = 1000
+    batch: int = 24
+    questions: int = 4
+    warmup: int = 50
+    curriculum_rate: float = 2e-3
+    curriculum_steps: int = 4000  # at most; ends once every stage is learned
+    stages: tuple[Stage, ...] = ()
+    pool_rate: float = 1e-3
+    pool_steps: int = 1500
     pool_size: int = 64
     blank_size: int = 32
     memory_noise: float = 0.15
-    distractors: float = 0.0  # share of rows with sentences that look like facts
-    later_fact: float = 0.0  # how often a row that knows one fact reads another
-    ema: float = 0.995
+    distractors: float = 0.25  # share of rows with sentences that look like statements
+    later: float = 0.05  # how often a row that knows facts reads one more
+    average: float = 0.995
     save_every: int = 100
     max_files: int = 0  # 0: all
 
 
-SMOKE = Recipe(
-    layers=2, heads=2, width=32, vocab_size=700, batch=4, curriculum_steps=4, pool_steps=4, pool_size=8,
-    blank_size=4, save_every=4, max_files=24,
+DECODER = Recipe(
+    stages=(
+        Stage(0, 32, 2),
+        Stage(0, 48, 4, links=0.5),
+        Stage(1, 48, 4, links=0.5),
+        Stage(1, 112, 4, links=0.5, again=0.1),
+        Stage(2, 112, 4, links=0.5, again=0.1),
+        Stage(4, 112, 4, links=0.5, again=0.1),
+    )
+)
+ENCODER = Recipe(
+    kind="encoder", segment_size=117, layers=2, heads=4, width=96, inner=192, positions=128, batch=32,
+    curriculum_rate=1e-3, average=0.998, later=0.0,
+    stages=(Stage(0, 117, 1), Stage(1, 117, 1), Stage(2, 117, 1), Stage(3, 117, 1)),
 )  # fmt: skip
+TINY = {
+    "layers": 2, "width": 32, "heads": 2, "inner": 48, "vocab_size": 700, "batch": 4, "curriculum_steps": 4,
+    "pool_steps": 4, "pool_size": 8, "blank_size": 4, "save_every": 4, "max_files": 24,
+}  # fmt: skip
 
 
 def log(**values: object) -> None:
@@ -87,28 +131,115 @@ def build_tokenizer_and_noise(recipe: Recipe) -> tuple[PreTrainedTokenizerFast, 
     return tokenizer, NoiseBank(texts, tokenizer, recipe.seed)
 
 
-def build_model(recipe: Recipe, eos: int, dtype: torch.dtype) -> RecurrentMemoryModel:
-    config = GPT2Config(
-        vocab_size=recipe.vocab_size,
-        n_positions=recipe.positions,
-        n_embd=recipe.width,
-        n_layer=recipe.layers,
-        n_head=recipe.heads,
-        bos_token_id=eos,
-        eos_token_id=eos,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+def build_decoder(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.width,
+        intermediate_size=recipe.inner,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=recipe.positions,
+        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
+        initializer_range=0.04,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
-    return RecurrentMemoryModel(config, recipe.memory_tokens, dtype)
+    model = LlamaForCausalLM(config)
+    prepare(model, tokenizer)
+    return model
+
+
+def build_encoder(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> BertForSequenceClassification:
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.width,
+        intermediate_size=recipe.inner,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        max_position_embeddings=recipe.positions,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(ROOMS)),
+        label2id={room: i for i, room in enumerate(ROOMS)},
+    )
+    return BertForSequenceClassification(config)
+
+
+@dataclass
+class Reading:
+    loss: Tensor
+    memory: Tensor  # [B, M, E] after the segments
+    right: Tensor  # bool [B]: every question after the last segment answered right
+    asked: Tensor  # bool [B]
+
+
+class Decoder:
+    """Folds segments and asks after each, then once more behind the rests."""
+
+    def __init__(self, recipe: Recipe, maker: EpisodeMaker, tokenizer: PreTrainedTokenizerFast) -> None:
+        backbone = build_decoder(recipe, tokenizer)
+        self.base_config = json.loads(backbone.config.to_json_string(use_diff=False))
+        self.model = RecurrentDecoder(backbone, recipe.memory_tokens)
+        self.maker, self.questions = maker, recipe.questions
+
+    def read(self, memory: Tensor, rows: list[Row], lengths: list[int], rests: np.ndarray) -> Reading:
+        texts = torch.from_numpy(np.stack([row.ids for row in rows]).astype(np.int64))
+        nothing, position, losses = np.zeros_like(rests), 0, []
+        right = asked = torch.zeros(len(rows), dtype=torch.bool)
+        for length in lengths:
+            memory = self.model.fold(memory, texts[:, position : position + length])
+            position += length
+            loss, right, asked = self._ask(memory, rows, position, nothing)
+            losses.append(loss)
+        if rests.any() or not lengths:
+            loss, right_behind, asked_behind = self._ask(memory, rows, position, rests)
+            losses.append(loss)
+            if not lengths:
+                right, asked = right_behind, asked_behind
+        return Reading(torch.stack(losses).mean(), memory, right, asked)
+
+    def _ask(self, memory: Tensor, rows: list[Row], position: int, rests: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        asks = self.maker.asks(rows, position, rests, self.questions)
+        return graded(self.model.answering(memory, asks.ids, asks.rows), asks.targets)
+
+
+class Encoder:
+    """Folds segments, some of which end in a question, and has each classified."""
+
+    def __init__(self, recipe: Recipe, maker: EpisodeMaker, tokenizer: PreTrainedTokenizerFast) -> None:
+        backbone = build_encoder(recipe, tokenizer)
+        self.base_config = json.loads(backbone.config.to_json_string(use_diff=False))
+        self.model = RecurrentEncoder(backbone, recipe.memory_tokens, tokenizer.cls_token_id, tokenizer.sep_token_id)
+        self.maker = maker
+
+    def read(self, memory: Tensor, rows: list[Row], lengths: list[int], rests: np.ndarray) -> Reading:
+        losses, position = [], 0
+        right = asked = torch.zeros(len(rows), dtype=torch.bool)
+        for length in lengths:
+            made = [self.maker.asked_in_text(row, position, position + length, share=0.6) for row in rows]
+            position += length
+            logits, memory = self.model.segment(memory, torch.from_numpy(np.stack([ids for ids, _ in made])).long())
+            loss, right, asked = graded(logits[:, None], torch.tensor([[label] for _, label in made]))
+            losses.append(loss)
+        return Reading(torch.stack(losses).mean(), memory, right, asked)
+
+
+def graded(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss over the targets asked for, rows [B] that have them all right, rows [B] that were asked at all."""
+    wanted = targets != NOT_ASKED
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NOT_ASKED, reduction="sum")
+    right = ((logits.argmax(2) == targets) | ~wanted).all(1) & wanted.any(1)
+    return losses / wanted.sum().clamp(min=1), right, wanted.any(1)
 
 
 class Trainer:
     def __init__(self, recipe: Recipe, out: Path) -> None:
         torch.manual_seed(recipe.seed)
-        self.recipe = recipe
-        self.out = out
-        self.started = time.time()
+        self.recipe, self.out, self.started = recipe, out, time.time()
         self.work = out / "training"
         self.work.mkdir(parents=True, exist_ok=True)
         if (self.work / "noise.npz").exists():
@@ -118,15 +249,19 @@ class Trainer:
             self.tokenizer, bank = build_tokenizer_and_noise(recipe)
             self.tokenizer.save_pretrained(self.work)
             bank.save(self.work / "noise.npz")
-        writer = FactWriter(self.tokenizer)
-        self.maker = EpisodeMaker(writer, bank, recipe.segment_size, recipe.distractors, recipe.seed)
-        self.model = build_model(recipe, self.tokenizer.eos_token_id, torch.bfloat16)
-        self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self.maker = EpisodeMaker(StatementWriter(self.tokenizer), bank, recipe.distractors, recipe.seed)
+        kind = {"decoder": Decoder, "encoder": Encoder}[recipe.kind]
+        self.learner: Decoder | Encoder = kind(recipe, self.maker, self.tokenizer)
+        self.model = self.learner.model
+        self.average = MovingAverage(self.model, recipe.average)
         decayed = [p for p in self.model.parameters() if p.ndim == 2]
         plain = [p for p in self.model.parameters() if p.ndim != 2]
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.curriculum_rate, betas=(0.9, 0.98), fused=True)
-        self.step, self.level = 0, 0
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.curriculum_rate, betas=(0.9, 0.98))
+        self.step, self.stage = 0, 0
+        self.pool_states = Pool(recipe.pool_size)
+        self.blank = self.model.initial_memory(recipe.blank_size).detach().clone()
+        self.pool_steps_done = 0
         if (self.work / "state.pt").exists():
             self.resume()
         log(event="start", step=self.step, noise_tokens=[len(b) for b in bank.banks], seconds=self.seconds())
@@ -135,14 +270,23 @@ class Trainer:
         return round(time.time() - self.started, 1)
 
     def keep(self) -> None:
-        """What a later run with the same `--out` goes on from."""
-        state = {"step": self.step, "level": self.level, "model": self.model.state_dict(), "average": self.average}
-        torch.save({**state, "optimizer": self.optimizer.state_dict()}, self.work / "state.tmp")
+        """What a later run with the same `--out` goes on from. The pool of states is grown anew."""
+        state = {
+            "step": self.step,
+            "stage": self.stage,
+            "pool_steps_done": self.pool_steps_done,
+            "model": self.model.state_dict(),
+            "average": self.average.values,
+            "averaged": self.average.steps,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(state, self.work / "state.tmp")
         os.replace(self.work / "state.tmp", self.work / "state.pt")
 
     def resume(self) -> None:
         state = torch.load(self.work / "state.pt", weights_only=True)
-        self.step, self.level, self.average = state["step"], state["level"], state["average"]
+        self.step, self.stage, self.pool_steps_done = state["step"], state["stage"], state["pool_steps_done"]
+        self.average.values, self.average.steps = state["average"], state["averaged"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.maker.rng = np.random.default_rng([self.recipe.seed, self.step])
@@ -156,255 +300,190 @@ class Trainer:
         if torch.isfinite(norm):
             self.optimizer.step()
         self.step += 1
-        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for name, value in self.model.state_dict().items():
-                self.average[name].lerp_(value, 1 - decay)
-
-    def ask(self, memory: Tensor, asks: Asks) -> tuple[Tensor, Tensor]:
-        """Loss over the rows that can be asked, and which rows answered right [B] (wrong where not asked)."""
-        logits = self.model.answer_logits(memory, asks.ids, asks.rows)
-        losses = F.cross_entropy(logits.flatten(0, 1), asks.targets.flatten(), reduction="none").view(-1, 2)
-        losses = losses[:, 0] + 0.2 * losses[:, 1]
-        loss = (losses * asks.weight).sum() / asks.weight.sum().clamp(min=1)
-        right = (logits.argmax(2) == asks.targets).all(1) & (asks.weight > 0)
-        return loss, right
-
-    def read(self, memory: Tensor, rows: list[Row], lengths: list[int], rests: np.ndarray) -> Reading:
-        """Folds the segments and asks after each, then once more behind the rests, if there are any."""
-        texts = torch.from_numpy(np.stack([row.ids for row in rows]).astype(np.int64))
-        losses, position = [], 0
-        right = asked = torch.zeros(len(rows), dtype=torch.bool)
-        for length in lengths:
-            memory = self.model.fold(memory, texts[:, position : position + length])
-            position += length
-            asks = self.maker.asks(rows, position, np.zeros_like(rests))
-            loss, right = self.ask(memory, asks)
-            asked = asks.weight > 0
-            losses.append(loss)
-        if rests.any() or not lengths:
-            asks = self.maker.asks(rows, position, rests)
-            loss, right_behind = self.ask(memory, asks)
-            losses.append(loss)
-            if not lengths:
-                right, asked = right_behind, asks.weight > 0
-        return Reading(torch.stack(losses).mean(), memory, right, asked)
+        self.average.update(self.model)
 
     # ------------------------------------------------------------------------------------------------ 1. curriculum
 
     def curriculum(self) -> None:
-        recipe, maker = self.recipe, self.maker
-        rng = maker.rng
+        recipe = self.recipe
         accuracy, seen = 0.0, 0
-        while self.step < recipe.curriculum_steps and self.level <= recipe.curriculum_segments:
-            level = self.level
-            count = level if rng.random() < 0.6 else int(rng.integers(level + 1))
-            lengths = maker.segment_lengths(count)
-            rests = maker.rests(recipe.batch, 0.5 if count else 1.0)
-            rows = []
-            for rest in rests:
-                place = int(rng.integers(max(sum(lengths) + int(rest) - 10, 1)))
-                place = 0 if rng.random() < 0.1 else place
-                rows.append(maker.row(sum(lengths) + maker.longest_rest, nothing_known(), [(place, None)]))
-            reading = self.read(self.model.initial_memory(recipe.batch), rows, lengths, rests)
+        while self.step < recipe.curriculum_steps and self.stage < len(recipe.stages):
+            stage = recipe.stages[self.stage]
+            reading, hardest = self.curriculum_step(stage)
             self.update(reading.loss, recipe.curriculum_rate * min(1.0, (self.step + 1) / recipe.warmup))
-            if count == level and reading.asked.any():
-                accuracy += 0.1 * (float(reading.right[reading.asked].float().mean()) - accuracy)
+            if hardest and reading.asked.any():
+                accuracy += 0.06 * (float(reading.right[reading.asked].float().mean()) - accuracy)
                 seen += 1
             if self.step % 25 == 0:
                 loss = round(float(reading.loss.detach()), 3)
-                log(phase=1, step=self.step, level=level, loss=loss, right=round(accuracy, 3), seconds=self.seconds())
-            if seen >= 15 and accuracy > 0.9:
-                log(phase=1, step=self.step, learned=level, seconds=self.seconds())
-                self.level, accuracy, seen = level + 1, 0.0, 0
+                log(
+                    phase=1,
+                    step=self.step,
+                    stage=self.stage,
+                    loss=loss,
+                    right=round(accuracy, 3),
+                    seconds=self.seconds(),
+                )
+            if seen >= 20 and accuracy > stage.enough:
+                log(phase=1, step=self.step, learned=asdict(stage), seconds=self.seconds())
+                self.stage, accuracy, seen = self.stage + 1, 0.0, 0
                 self.keep()
             elif self.step % recipe.save_every == 0:
                 self.keep()
         self.save({"phase": 1, "steps": self.step})
 
+    def curriculum_step(self, stage: Stage) -> tuple[Reading, bool]:
+        """One batch from the initial memory, and whether it is of the stage's full length."""
+        rng, batch = self.maker.rng, self.recipe.batch
+        count = stage.segments if rng.random() < 0.7 else int(rng.integers(stage.segments + 1))
+        lengths = self.segment_lengths(count + (self.recipe.kind == "encoder"), stage.size)
+        rests = self.rests(stage.size) if not lengths or rng.random() < 0.3 else np.zeros(batch, dtype=np.int64)
+        if not lengths:
+            rests[:] = stage.size
+        rows = [
+            self.maker.row(sum(lengths) + stage.size, World(), self.news(sum(lengths) + int(rest), stage))
+            for rest in rests
+        ]
+        return self.learner.read(self.model.initial_memory(batch), rows, lengths, rests), count == stage.segments
+
+    def segment_lengths(self, count: int, size: int, short: float = 0.15) -> list[int]:
+        """Lengths of the segments to fold; one of them is short now and then."""
+        lengths, rng = [size] * count, self.maker.rng
+        if count and rng.random() < short:
+            lengths[int(rng.integers(count))] = int(rng.integers(1, size))
+        return lengths
+
+    def rests(self, size: int) -> np.ndarray:
+        """Lengths of the rests of a batch, any that fits beside a question."""
+        return self.maker.rng.integers(0, size - 16, size=self.recipe.batch)
+
+    def news(self, length: int, stage: Stage) -> list[tuple[int, Statement]]:
+        """What a row is told that knows nothing yet: wanted position and statement."""
+        rng, writer = self.maker.rng, self.maker.writer
+        room = max(length - 12, 1)
+        if rng.random() < stage.links:
+            return [(int(rng.integers(room)), link) for link in writer.chain(rng)]
+        names = rng.permutation(len(NAMES))[: int(rng.integers(1, stage.facts + 1))].tolist()
+        if rng.random() < stage.again:
+            names.append(names[0])
+        said = [writer.fact(rng, name, int(rng.integers(len(ROOMS)))) for name in names]
+        places = [0 if rng.random() < 0.08 else int(rng.integers(room)) for _ in said]
+        return list(zip(places, said, strict=True))
+
     # ------------------------------------------------------------------------------------------------------ 2. pool
 
     def pool(self) -> None:
-        recipe, maker = self.recipe, self.maker
-        rng = maker.rng
-        pool = Pool(recipe.pool_size)
-        blank = self.model.initial_memory(recipe.blank_size).detach().clone()
-        first, by_kind = self.step, {"fresh": 0.0, "blank": 0.0, "old": 0.0}
-        end = first + recipe.pool_steps
-        while self.step < end:
-            n_fresh, n_blank = max(recipe.batch // 8, 1), max(recipe.batch // 4, 1)
-            old = pool.draw(rng, recipe.batch - n_fresh - n_blank)
-            n_fresh = recipe.batch - n_blank - len(old)
-            lengths = maker.segment_lengths(int(rng.integers(1, 4)))
-            rests = maker.rests(recipe.batch, 0.4)
-            rows = []
-            for i, rest in enumerate(rests):
-                rooms = pool.rooms[old[i - n_fresh - n_blank]] if i >= n_fresh + n_blank else nothing_known()
-                facts = self.new_facts(rooms, sum(lengths) + int(rest) - 10)
-                rows.append(maker.row(sum(lengths) + maker.longest_rest, rooms, facts))
-            chosen_blank = torch.from_numpy(rng.permutation(recipe.blank_size)[:n_blank])
-            lived = torch.cat([blank[chosen_blank], pool.memory(old, blank)])
-            lived = lived + self.noise(len(lived)) * lived.std()
-            memory = torch.cat([self.model.initial_memory(n_fresh), lived])
-            reading = self.read(memory, rows, lengths, rests)
-            done = (self.step - first) / recipe.pool_steps
-            rate = recipe.pool_rate * min(1.0, (self.step - first + 1) / 20) * min(1.0, 2 * (1 - done))
-            self.update(reading.loss, rate)
-
-            state = reading.memory.detach()
-            for i, row in enumerate(rows):
-                from_pool = i >= n_fresh + n_blank
-                slot = int(old[i - n_fresh - n_blank]) if from_pool else None
-                if reading.asked[i] and not row.cut_at(sum(lengths)):
-                    pool.settle(rng, slot, state[i], row.known(sum(lengths)), sum(lengths), bool(reading.right[i]))
-            kinds = {"fresh": slice(0, n_fresh), "blank": slice(n_fresh, n_fresh + n_blank)}
-            kinds["old"] = slice(n_fresh + n_blank, None)
-            for kind, part in kinds.items():
-                asked = reading.asked[part]
-                if asked.any():
-                    rate_right = float(reading.right[part][asked].float().mean())
-                    by_kind[kind] += 0.03 * (rate_right - by_kind[kind])
-            self.age_blank(blank)
+        recipe = self.recipe
+        right: dict[str, float] = {}
+        while self.pool_steps_done < recipe.pool_steps:
+            done = self.pool_steps_done / recipe.pool_steps
+            reading = self.pool_step(right, min(1.0, (self.pool_steps_done + 1) / 20) * min(1.0, 2 * (1 - done)))
+            self.pool_steps_done += 1
             if self.step % 25 == 0:
-                ages = [s.age // recipe.segment_size for s in pool.states if s is not None]
+                ages = [age // recipe.segment_size for age in self.pool_states.ages()]
                 log(
                     phase=2, step=self.step, loss=round(float(reading.loss.detach()), 4),
-                    right={k: round(v, 4) for k, v in by_kind.items()}, pool=len(ages),
+                    right={k: round(v, 4) for k, v in right.items()}, pool=len(ages),
                     age=[int(np.median(ages)), max(ages)] if ages else [], seconds=self.seconds(),
                 )  # fmt: skip
-            if (self.step - first) % recipe.save_every == 0 or self.step == end:
-                self.save({"phase": 2, "steps": self.step, "right_in_training": dict(by_kind)})
+            if self.step % recipe.save_every == 0 or self.pool_steps_done == recipe.pool_steps:
+                self.save({"phase": 2, "steps": self.step, "right_in_training": dict(right)})
 
-    def new_facts(self, rooms: np.ndarray, room_for: int) -> list[tuple[int, int | None]]:
-        """Facts to hide in a row: always one where nothing is known yet; now and then a second or a later one."""
-        rng = self.maker.rng
-        names = np.flatnonzero(rooms != UNKNOWN)
-        place = 0 if rng.random() < 0.05 else int(rng.integers(max(room_for, 1)))
-        if len(names) == 0:
-            facts: list[tuple[int, int | None]] = [(place, None)]
-            return facts
-        if rng.random() >= self.recipe.later_fact:
+    def pool_step(self, right: dict[str, float], scale: float) -> Reading:
+        """One batch of fresh, blank and old states. `right` keeps a running share of right answers of each kind."""
+        recipe, rng, pool = self.recipe, self.maker.rng, self.pool_states
+        n_blank = max(recipe.batch // 4, 1)
+        old = pool.draw(rng, recipe.batch - n_blank - max(recipe.batch // 8, 1))
+        n_fresh = recipe.batch - n_blank - len(old)
+        lengths = self.segment_lengths(int(rng.integers(1, 4)), recipe.segment_size)
+        decoder = recipe.kind == "decoder"
+        rests = (
+            self.rests(recipe.segment_size)
+            if decoder and rng.random() < 0.4
+            else np.zeros(recipe.batch, dtype=np.int64)
+        )
+        places: list[int | None] = [*[None] * (n_fresh + n_blank), *old]
+        worlds = [World() if place is None else pool.at(place).world for place in places]
+        rows = []
+        for world, rest in zip(worlds, rests, strict=True):
+            said = self.more_news(world, sum(lengths) + int(rest))
+            rows.append(self.maker.row(sum(lengths) + recipe.segment_size, world, said))
+        blank = self.blank[torch.from_numpy(rng.permutation(recipe.blank_size)[:n_blank])]
+        lived = torch.stack([*blank, *(pool.at(place).memory for place in old)])
+        memory = torch.cat([self.model.initial_memory(n_fresh), shaken(lived, recipe.memory_noise)])
+        reading = self.learner.read(memory, rows, lengths, rests)
+        self.update(reading.loss, recipe.pool_rate * scale)
+        self.settle(reading, rows, places, sum(lengths))
+        self.age_blank()
+        for kind, part in (
+            ("fresh", slice(0, n_fresh)),
+            ("blank", slice(n_fresh, n_fresh + n_blank)),
+            ("old", slice(n_fresh + n_blank, None)),
+        ):
+            if reading.asked[part].any():
+                now = float(reading.right[part][reading.asked[part]].float().mean())
+                right[kind] = right.get(kind, now) + 0.03 * (now - right.get(kind, now))
+        return reading
+
+    def more_news(self, world: World, length: int) -> list[tuple[int, Statement]]:
+        """Always something where nothing is known yet; now and then another or a changed fact."""
+        rng, writer = self.maker.rng, self.maker.writer
+        if world == World():
+            return self.news(length, replace(self.recipe.stages[-1]))
+        if not world.names or rng.random() >= self.recipe.later:
             return []
-        name = int(rng.choice(names)) if len(names) > 1 or rng.random() < 0.5 else int(rng.integers(len(rooms)))
-        return [(place, name)]
+        fact = writer.fact(rng, int(rng.integers(len(NAMES))), int(rng.integers(len(ROOMS))))
+        return [(int(rng.integers(max(length - 12, 1))), fact)]
 
-    def noise(self, batch: int) -> Tensor:
-        """Noise for memory states that makes what they hold robust; half of the rows get none."""
-        size = torch.rand(batch, 1, 1) * self.recipe.memory_noise * (torch.rand(batch, 1, 1) < 0.5)
-        return size * torch.randn(batch, self.recipe.memory_tokens, self.recipe.width)
+    def settle(self, reading: Reading, rows: list[Row], places: list[int | None], read: int) -> None:
+        memory = reading.memory.detach()
+        for i, (row, place) in enumerate(zip(rows, places, strict=True)):
+            if reading.asked[i] and not row.cut_at(read):
+                age = read if place is None else self.pool_states.at(place).age + read
+                state = Lived(memory[i].clone(), row.known(read), age)
+                self.pool_states.settle(self.maker.rng, place, state, bool(reading.right[i]))
 
     @torch.no_grad()
-    def age_blank(self, blank: Tensor) -> None:
+    def age_blank(self) -> None:
         """One more segment of noise for half of the states that know nothing; one starts again now and then."""
-        rng = self.maker.rng
+        rng, blank = self.maker.rng, self.blank
         some = torch.from_numpy(rng.permutation(len(blank))[: max(len(blank) // 2, 1)])
-        rows = [self.maker.row(self.recipe.segment_size, nothing_known(), []).ids for _ in some]
+        rows = [self.maker.row(self.recipe.segment_size, World(), []).ids for _ in some]
         blank[some] = self.model.fold(blank[some], torch.from_numpy(np.stack(rows).astype(np.int64)))
         if rng.random() < 0.05:
-            blank[int(rng.integers(len(blank)))] = self.model.memory_cell.memory
+            blank[int(rng.integers(len(blank)))] = self.model.initial_memory(1)[0]
 
     def save(self, figures: dict[str, object]) -> None:
+        recipe = self.recipe
         figures = {**figures, "seconds": self.seconds()}
-        save_checkpoint(self.out, self.model, self.average, self.tokenizer, self.recipe, figures)
+        described = {
+            "command": f"python recipes/train_retrieval.py --kind {recipe.kind} --out DIR --seed {recipe.seed}",
+            "seed": recipe.seed,
+            "segment_size": recipe.segment_size,
+            "num_mem_tokens": recipe.memory_tokens,
+            "ask_template": ASK_TEMPLATE,
+            "stop_ids": [self.tokenizer.eos_token_id],
+            "figures": figures,
+            "recipe": asdict(recipe),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        save_checkpoint(self.out, self.model, self.average.values, self.learner.base_config, self.tokenizer, described)
         self.keep()
         log(event="saved", **figures)
 
 
-@dataclass
-class Reading:
-    loss: Tensor
-    memory: Tensor  # [B, M, E] after the folded segments
-    right: Tensor  # bool [B]: the last question put right after the folded segments
-    asked: Tensor  # bool [B]
-
-
-@dataclass
-class Lived:
-    memory: Tensor  # [M, E]
-    rooms: np.ndarray
-    age: int  # tokens read since the first step it was in
-
-
-class Pool:
-    """Memory states that have answered so far, each with what it knows."""
-
-    def __init__(self, size: int) -> None:
-        self.states: list[Lived | None] = [None] * size
-
-    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        filled = np.array([i for i, state in enumerate(self.states) if state is not None], dtype=np.int64)
-        return rng.permutation(filled)[:count]
-
-    @property
-    def rooms(self) -> list[np.ndarray]:
-        return [nothing_known() if state is None else state.rooms for state in self.states]
-
-    def memory(self, slots: np.ndarray, like: Tensor) -> Tensor:
-        states = [self.states[int(slot)] for slot in slots]
-        return torch.stack([s.memory for s in states if s is not None]) if states else like[:0]
-
-    def settle(
-        self, rng: np.random.Generator, slot: int | None, memory: Tensor, rooms: np.ndarray, read: int, right: bool
-    ) -> None:
-        """Puts a state back if it answered right; drops a wrong one half of the time. New ones fill gaps."""
-        if slot is not None:
-            state = self.states[slot]
-            if right and state is not None:
-                self.states[slot] = Lived(memory.clone(), rooms, state.age + read)
-            elif rng.random() < 0.5:
-                self.states[slot] = None
-        elif right:
-            empty = [i for i, state in enumerate(self.states) if state is None]
-            if empty:
-                self.states[empty[0]] = Lived(memory.clone(), rooms, read)
-            elif rng.random() < 0.05:
-                self.states[int(rng.integers(len(self.states)))] = Lived(memory.clone(), rooms, read)
-
-
-def save_checkpoint(
-    out: Path,
-    model: RecurrentMemoryModel,
-    weights: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerFast,
-    recipe: Recipe,
-    figures: dict[str, object],
-) -> None:
-    """The authors' container beside the backbone's config and tokenizer. Each file is replaced in one move."""
-    base, best = out / "base", out / "model_best"
-    for folder in (base, best):
-        folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.clone() for name, value in weights.items()}
-    weights["memory_cell.model.lm_head.weight"] = weights["memory_cell.model.transformer.wte.weight"]  # tied
-    torch.save(weights, best / "pytorch_model.bin.tmp")
-    os.replace(best / "pytorch_model.bin.tmp", best / "pytorch_model.bin")
-    model.memory_cell.model.config.save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    described = {
-        "command": f"python recipes/train_retrieval.py --out DIR{' --smoke' if recipe.max_files else ''}",
-        "seed": recipe.seed,
-        "segment_size": recipe.segment_size,
-        "num_mem_tokens": recipe.memory_tokens,
-        "ask_template": ASK_TEMPLATE,
-        "stop_ids": [tokenizer.eos_token_id],
-        "figures": figures,
-        "recipe": asdict(recipe),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    (out / "recipe.json.tmp").write_text(json.dumps(described, indent=2) + "\n")
-    os.replace(out / "recipe.json.tmp", out / "recipe.json")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=("decoder", "encoder"), default="decoder")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--smoke", action="store_true", help="a few steps of a much smaller model on a few files")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--threads", type=int, default=1, help="1 is no slower than 2 where other work runs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    recipe = SMOKE if arguments.smoke else Recipe()
-    recipe.seed = arguments.seed
+    recipe = DECODER if arguments.kind == "decoder" else ENCODER
+    recipe = replace(recipe, seed=arguments.seed, **(TINY if arguments.smoke else {}))
     trainer = Trainer(recipe, arguments.out)
     trainer.curriculum()
     trainer.pool()

@@ -1,12 +1,15 @@
-"""The retrieval recipe: runs end to end in small, and each thing it claims exactly is exact."""
+"""The recipes: they run end to end in small, come in through `convert`, and what they claim exactly is exact."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import subprocess
+import shutil
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,67 +17,193 @@ np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from rmt_engine import Engine  # noqa: E402
+from rmt_engine.checkpoint.conversion import convert  # noqa: E402
+
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+MODULES = ("facts_data", "episodes", "copying_init", "rmt_training", "train_retrieval", "lm_data", "train_lm")
 
 
 @pytest.fixture(scope="module")
-def recipe_modules():
-    """The recipe's modules, imported the way its scripts import them."""
+def recipes() -> Iterator[SimpleNamespace]:
+    """The recipes' modules, imported the way the scripts import them."""
     sys.path.insert(0, str(RECIPES))
     try:
-        yield {name: importlib.import_module(name) for name in ("facts_data", "rmt_training")}
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
     finally:
         sys.path.remove(str(RECIPES))
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("checkpoint")
-    command = [sys.executable, str(RECIPES / "train_retrieval.py"), "--smoke", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def decoder(tmp_path_factory, recipes) -> Path:
+    """What the smoke run of the decoder writes."""
+    out = tmp_path_factory.mktemp("decoder")
+    train(recipes, "decoder", out)
     return out
 
 
-def test_the_smoke_run_writes_the_authors_container(trained: Path) -> None:
-    weights = torch.load(trained / "model_best" / "pytorch_model.bin", weights_only=True)
-    config = transformers.GPT2Config.from_pretrained(trained / "base")
-    assert weights["memory_cell.memory"].shape == (8, config.n_embd)
-    model = transformers.GPT2LMHeadModel(config)
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory, recipes, decoder: Path) -> Path:
+    """The encoder's; it goes on from the decoder's tokenizer and noise, to save time."""
+    out = tmp_path_factory.mktemp("encoder")
+    shutil.copytree(decoder / "training", out / "training", ignore=shutil.ignore_patterns("state.pt"))
+    train(recipes, "encoder", out)
+    return out
+
+
+def train(recipes: SimpleNamespace, kind: str, out: Path) -> None:
+    run(recipes.train_retrieval.main, "--kind", kind, "--smoke", "--out", str(out))
+
+
+def run(main: Callable[[], None], *arguments: str) -> None:
+    before, threads = sys.argv, torch.get_num_threads()
+    sys.argv = ["recipe", *arguments]
+    try:
+        main()
+    finally:
+        sys.argv = before
+        torch.set_num_threads(threads)
+
+
+def converted(trained: Path, tmp_path: Path) -> tuple[Engine, dict]:
+    """The engine of what a recipe wrote, and what the recipe says of it."""
+    recipe = json.loads((trained / "recipe.json").read_text())
+    out = tmp_path / "converted"
+    convert(trained / "model_best", out, trained / "base", segment_size=recipe["segment_size"])
+    return Engine.from_pretrained(out, device="cpu", dtype="float32"), recipe
+
+
+def test_the_decoders_smoke_run_writes_the_authors_container(decoder: Path, recipes) -> None:
+    weights = torch.load(decoder / "model_best" / "pytorch_model.bin", weights_only=True)
+    config = transformers.LlamaConfig.from_pretrained(decoder / "base")
+    assert weights["memory_cell.memory"].shape == (8, config.hidden_size)
+    model = transformers.LlamaForCausalLM(config)
     backbone = {k.removeprefix("memory_cell.model."): v for k, v in weights.items() if k != "memory_cell.memory"}
     assert not model.load_state_dict(backbone).missing_keys
-    assert torch.equal(backbone["lm_head.weight"], backbone["transformer.wte.weight"])
-    recipe = json.loads((trained / "recipe.json").read_text())
+    recipe = json.loads((decoder / "recipe.json").read_text())
     assert recipe["ask_template"] == "\nQuestion: {question}\nAnswer:"
     assert recipe["stop_ids"] == [config.eos_token_id]
-    assert recipe["segment_size"] + 2 * recipe["num_mem_tokens"] <= config.n_positions
+    assert recipe["segment_size"] + 2 * recipe["num_mem_tokens"] <= config.max_position_embeddings
 
 
-def test_our_forward_equals_hugging_face(trained: Path, recipe_modules) -> None:
-    weights = torch.load(trained / "model_best" / "pytorch_model.bin", weights_only=True)
-    config = transformers.GPT2Config.from_pretrained(trained / "base")
-    model = recipe_modules["rmt_training"].RecurrentMemoryModel(config, 8, torch.float32)
+def test_the_engine_computes_what_the_decoder_was_trained_on(decoder: Path, recipes, tmp_path: Path) -> None:
+    engine, recipe = converted(decoder, tmp_path)
+    weights = torch.load(decoder / "model_best" / "pytorch_model.bin", weights_only=True)
+    config = transformers.LlamaConfig.from_pretrained(decoder / "base")
+    model = recipes.rmt_training.RecurrentDecoder(transformers.LlamaForCausalLM(config), 8)
     model.load_state_dict(weights)
-    backbone, ids = model.memory_cell.model, torch.randint(1, 600, (3, 40))
-    memory = torch.randn(3, 8, backbone.config.n_embd)
-    text = backbone.transformer.wte(ids)
-    for grad in (False, True):
-        with torch.set_grad_enabled(grad):
-            folded = model.fold(memory, ids)
-            logits = model.answer_logits(memory, ids, torch.tensor([[38, 39]] * 3))
-        with torch.no_grad():
-            expected = backbone.transformer(inputs_embeds=torch.cat([memory, text, memory], 1)).last_hidden_state
-            expected_logits = backbone(inputs_embeds=torch.cat([memory, text], 1)).logits
-        torch.testing.assert_close(folded, expected[:, -8:], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(logits, expected_logits[:, -2:], rtol=1e-5, atol=1e-5)
+    size = recipe["segment_size"]
+    ids = torch.randint(1, 600, (2, 2 * size + 9))
+    with torch.no_grad():
+        memory = model.initial_memory(2)
+        for start in range(0, 2 * size, size):
+            memory = model.fold(memory, ids[:, start : start + size])
+        logits = model.answering(memory, ids[:, 2 * size :], torch.tensor([[7, 8]] * 2))
+    out = engine.forward(ids[:, : 2 * size], output="none")
+    torch.testing.assert_close(out.memory_state, memory, rtol=1e-4, atol=1e-4)
+    answered = engine.forward(ids, output="last").logits
+    torch.testing.assert_close(answered[:, -2:], logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_placed_fact_is_tokenized_as_in_joined_text(trained: Path, recipe_modules) -> None:
-    facts_data = recipe_modules["facts_data"]
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(trained / "base")
-    writer, rng = facts_data.FactWriter(tokenizer), np.random.default_rng(0)
-    noise = facts_data.encode_files(tokenizer, [Path(json.__file__).read_text()])
-    for at in range(0, len(noise), 17):
-        place, fact = writer.place(noise, at, writer.random_fact(rng), rng)
-        joined = [*noise[:place], *fact, *noise[place:]]
+def test_the_engine_computes_what_the_encoder_was_trained_on(encoder: Path, recipes, tmp_path: Path) -> None:
+    engine, recipe = converted(encoder, tmp_path)
+    assert engine.config.alignment == "right"
+    config = transformers.BertConfig.from_pretrained(encoder / "base")
+    model = recipes.rmt_training.RecurrentEncoder(transformers.BertForSequenceClassification(config), 8, 0, 0)
+    weights = torch.load(encoder / "model_best" / "pytorch_model.bin", weights_only=True)
+    assert torch.equal(weights.pop("model.embeddings.weight"), weights["model.bert.embeddings.word_embeddings.weight"])
+    model.load_state_dict(weights)
+    size = recipe["segment_size"]
+    ids = torch.randint(10, 600, (2, size + 9))
+    with torch.no_grad():
+        memory = model.initial_memory(2)
+        for part in (ids[:, :9], ids[:, 9:]):
+            logits, memory = model.segment(memory, part)
+    out = engine.forward(ids, output="last")
+    torch.testing.assert_close(out.logits, logits, rtol=1e-4, atol=1e-4)
+    assert [config.id2label[i] for i in range(6)] == list(recipes.facts_data.ROOMS)
+
+
+def test_a_run_that_was_cut_off_goes_on(decoder: Path, recipes) -> None:
+    recipe = replace(recipes.train_retrieval.DECODER, **recipes.train_retrieval.TINY)
+    resumed = recipes.train_retrieval.Trainer(recipe, decoder)
+    assert (resumed.step, resumed.pool_steps_done) == (8, 4)
+
+
+def test_a_placed_statement_is_tokenized_as_in_joined_text(decoder: Path, recipes) -> None:
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(decoder / "base")
+    writer, rng = recipes.facts_data.StatementWriter(tokenizer), np.random.default_rng(0)
+    noise = recipes.facts_data.encode_files(tokenizer, [Path(json.__file__).read_text()])[:3000]
+    for at in range(0, len(noise), 37):
+        said = writer.fact(rng, at % 4, at % 6) if at % 2 else writer.chain(rng)[0]
+        place, ids = writer.place(noise, at, said, rng)
+        joined = [*noise[:place], *ids, *noise[place:]]
         assert tokenizer.encode(tokenizer.decode(joined), add_special_tokens=False) == joined
+
+
+def test_questions_follow_from_what_was_said(decoder: Path, recipes) -> None:
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(decoder / "base")
+    data = recipes.facts_data
+    writer = data.StatementWriter(tokenizer)
+
+    def asked(*says: tuple[int, ...]) -> dict[str, str]:
+        world = data.World()
+        for one in says:
+            world = world.told(one)
+        found = writer.questions(world)
+        return {tokenizer.decode(q).split("\n")[1][10:]: tokenizer.decode([a]).strip() for q, a in found}
+
+    assert asked((0, 2), (1, 3), (0, 5)) == {"Where is Mary?": "kitchen", "Where is John?": "office"}
+    north, south = data.DIRECTIONS.index("north"), data.DIRECTIONS.index("south")
+    line = {"Which room is furthest north?": "garden", "Which room is furthest south?": "office"}
+    assert asked((2, north, 5), (5, north, 3)) == line
+    assert asked((3, south, 5), (5, south, 2)) == line
+
+
+def test_an_episode_knows_what_was_read_by_when(decoder: Path, recipes) -> None:
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(decoder / "base")
+    writer = recipes.facts_data.StatementWriter(tokenizer)
+    bank = recipes.facts_data.NoiseBank.load(decoder / "training" / "noise.npz", tokenizer)
+    maker = recipes.episodes.EpisodeMaker(writer, bank, 0.5, 1)
+    for seed in range(20):
+        said = [(30, writer.facts[0, seed % 6][0]), (70, writer.facts[1, 4][1])]
+        row = maker.row(120, recipes.facts_data.World(), said)
+        assert len(row.ids) == 120 and len(row.said) == 2
+        for start, end, (name, room) in row.said:
+            assert f"{recipes.facts_data.NAMES[name]} " in tokenizer.decode(row.ids[start:end])
+            assert row.known(end).rooms[name] == room and row.known(end - 1).rooms[name] == -1
+            assert row.cut_at(end - 1) and not row.cut_at(end)
+
+
+def test_heads_start_out_looking_back(recipes) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0}, attention_bias=True, attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        recipes.copying_init.look_back(model.model.layers[0].self_attn, 4, 100.0)
+        weights = model(torch.randint(0, 40, (1, 24)), output_attentions=True).attentions[0][0]
+    for head in range(4):
+        assert weights[head, 8:].argmax(1).tolist() == list(range(7 - head, 23 - head))
+
+
+def test_the_language_model_recipe_runs(recipes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = RECIPES.parent / "rmt_engine"
+    run(recipes.train_lm.main, "--smoke", "--text", str(text), "--out", str(tmp_path / "lm"))
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(last["perplexity_after"]) == ["1", "2", "4", "8"]
+    engine, recipe = converted(tmp_path / "lm", tmp_path)
+    assert engine.config.segment_size == recipe["segment_size"] == 16
+    assert any((tmp_path / "lm" / "held_out").iterdir())
+
+
+def test_document_streams_carry_on_until_the_horizon(recipes) -> None:
+    documents = [np.arange(1000, 1100), np.arange(2000, 2300)]
+    streams = recipes.lm_data.DocumentStreams(documents, batch=3, segment_size=10, seed=0)
+    before, _ = streams.next(segments=2, horizon=4)
+    for _ in range(20):
+        ids, new = streams.next(segments=2, horizon=4)
+        assert ids.shape == (3, 21) and (np.diff(ids) == 1).all()
+        assert (ids[~new, 0] == before[~new, -1]).all()
+        before = ids

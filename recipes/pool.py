@@ -1,0 +1,57 @@
+"""Memory states that live on from one training step to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from facts_data import World
+from torch import Tensor
+
+
+@dataclass
+class Lived:
+    memory: Tensor  # [M, E]
+    world: World  # what it has been told
+    age: int  # tokens read since the first step it was in
+
+
+class Pool:
+    """Memory states that have answered right so far, each with what it knows."""
+
+    def __init__(self, size: int) -> None:
+        self.states: list[Lived | None] = [None] * size
+
+    def draw(self, rng: np.random.Generator, count: int) -> list[int]:
+        """Up to `count` different places that hold a state."""
+        filled = np.array([i for i, state in enumerate(self.states) if state is not None], dtype=np.int64)
+        return [int(i) for i in rng.permutation(filled)[:count]]
+
+    def at(self, place: int) -> Lived:
+        state = self.states[place]
+        assert state is not None
+        return state
+
+    def settle(self, rng: np.random.Generator, place: int | None, state: Lived, right: bool) -> None:
+        """Puts a state back if it answered right; drops a wrong one half of the time. New ones (None) fill gaps."""
+        if place is not None:
+            if right:
+                self.states[place] = state
+            elif rng.random() < 0.5:
+                self.states[place] = None
+        elif right:
+            empty = [i for i, old in enumerate(self.states) if old is None]
+            if empty:
+                self.states[empty[0]] = state
+            elif rng.random() < 0.05:
+                self.states[int(rng.integers(len(self.states)))] = state
+
+    def ages(self) -> list[int]:
+        return [state.age for state in self.states if state is not None]
+
+
+def shaken(memory: Tensor, most: float) -> Tensor:
+    """Memory states [B, M, E] with random noise of up to `most` of their scale; half of them stay as they are."""
+    size = torch.rand(len(memory), 1, 1) * most * (torch.rand(len(memory), 1, 1) < 0.5)
+    return memory + size * torch.randn_like(memory) * memory.std() if len(memory) else memory
