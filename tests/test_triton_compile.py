@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rmt_kernels import configs, linear_residual, lm_head, memory, norm_linear, segment_attention
+from rmt_kernels import configs, head_norm, linear_residual, lm_head, memory, norm_linear, segment_attention
 from rmt_kernels.configs import ARCHS, Arch, AttentionConfig, LinearConfig
 from rmt_kernels.memory import Embeddings, Frame
 from rmt_kernels.segment_attention import AttentionSpec, KVCache
@@ -80,6 +80,11 @@ def embeddings() -> None:
     memory.plan_write(norm(), backend="triton")(meta(1, 512, 768)[:, 1:11])
 
 
+def norm_of_heads() -> None:
+    rms = Norm("rms", meta(128), None, 1e-6)
+    head_norm.plan(rms, backend="triton")(meta(1, 512, 4096)[..., 2048:3072])
+
+
 def log_probabilities() -> None:
     plan = lm_head.plan_nll(Linear(meta(50257, 768)), None, backend="triton")
     plan(meta(1, 480, 768), meta(1, 480, dtype=torch.int64))
@@ -93,6 +98,7 @@ STEPS: list[Callable[[], None]] = [
     attention,
     rotary_attention_and_decode,
     embeddings,
+    norm_of_heads,
     log_probabilities,
 ]
 KERNELS = {"linear", "finish", "attention", "join", "append", "read", "norm_rows", "nll", "join_nll"}

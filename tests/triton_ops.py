@@ -18,7 +18,16 @@ import test_lengths
 import torch
 import torch.nn.functional as F
 from checkpoints_for_tests import tiny_decoder, tiny_encoder
-from rmt_kernels import dispatch, linear_residual, lm_head, memory, norm_linear, segment_attention, triton_linear
+from rmt_kernels import (
+    dispatch,
+    head_norm,
+    linear_residual,
+    lm_head,
+    memory,
+    norm_linear,
+    segment_attention,
+    triton_linear,
+)
 from rmt_kernels.memory import Embeddings, Frame
 from rmt_kernels.segment_attention import AttentionSpec, KVCache
 from rmt_kernels.weights import Linear, Norm
@@ -265,6 +274,16 @@ def test_what_does_not_fit_is_refused() -> None:
         read(ids, q[:, :3], Frame((~0, ~1), ()), 11)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [named(B=1, R=1, H=1, D=8), named(B=2, R=17, H=3, D=12)])
+def test_head_norm(sizes: dict[str, int], dtype: torch.dtype) -> None:
+    b, r, h, d = sizes.values()
+    packed = random(0, b, r, 3 * h * d, dtype=dtype)
+    ref, ours = both(head_norm.plan, placed(random_norm(1, d, "rms"), dtype))
+    keys = packed[..., h * d : 2 * h * d]  # inside the packed projection
+    assert_close(ours(keys), ref(keys))
+
+
 # --------------------------------------------------------------------------------------------------------- memory
 
 MEMORIES = [named(B=1, T=16, M=1, V=11, E=7), named(B=2, T=16, M=5, V=97, E=60)]
@@ -337,7 +356,7 @@ def checkpoint_of(kind: str, seed: int = 1) -> Any:
     return tiny_encoder("bert", seed=seed, layers=2) if kind == "bert" else tiny_decoder(kind, seed=seed, layers=2)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama", "qwen3", "bert"])
 def test_three_recurrent_segments_equal_the_reference(kind: str) -> None:
     checkpoint = checkpoint_of(kind)
     engine = Engine.from_weights(
