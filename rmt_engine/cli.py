@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from rmt_engine.bench.arguments import add_bench
 from rmt_engine.errors import RMTError
 from rmt_engine.eval_options import add_eval
+from rmt_engine.run_options import add_many, add_sampling
 
 USAGE, OUT_OF_MEMORY, INTERRUPTED = 2, 4, 130
 EPILOG = "exit codes: 0 done, 1 failed, 2 usage, 3 bad checkpoint or state file, 4 out of memory, 130 interrupted"
@@ -104,18 +105,19 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="FILE",
         help="text in UTF-8 (also .gz, .zst, URL, - for stdin), records (.jsonl, .parquet), or tokens (.npy, .bin)",
     )
-    run.add_argument("--field", metavar="NAME", help="of records: the field that is read, joined by newlines")
+    run.add_argument(
+        "--field", metavar="NAME", help="of records: the field that is read, joined by newlines, or a document each"
+    )
     run.add_argument("--ask", action="append", default=[], metavar="Q", help="a question after the text; repeatable")
     run.add_argument("--generate", type=_count, metavar="N", help="continue the text by at most N tokens")
-    run.add_argument(
-        "--max-new-tokens", type=_count, default=16, metavar="N", help="longest answer to --ask (default: 16)"
-    )
     run.add_argument("--score", action="store_true", help="NLL and perplexity of the text, every token scored once")
     run.add_argument("--score-output", metavar="F", help="write the scores of this run's segments there, as JSON lines")
     run.add_argument("--errors", choices=("strict", "replace"), default="strict", help="bytes that are not UTF-8")
     run.add_argument("--token-dtype", metavar="T", help="type of a raw token file: uint16, uint32, int32, int64")
     run.add_argument("--max-n-segments", type=_count, metavar="N", help="read only the first N segments of tokens")
     run.add_argument("--json", action="store_true", help="print one JSON object")
+    add_sampling(run, _count)
+    add_many(run, _count)
     state = run.add_argument_group("state")
     state.add_argument("--save-state", metavar="F", help="keep the context in this file: at the end, and on Ctrl-C")
     state.add_argument("--checkpoint-every", type=_count, metavar="N", help="save it every N tokens too")
@@ -129,9 +131,9 @@ def _add_ask(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     ask = commands.add_parser("ask", help="ask a context that was saved", epilog=EPILOG)
     ask.add_argument("question", nargs="+", metavar="Q")
     ask.add_argument("--resume", required=True, metavar="F", help="state file of run --save-state")
-    ask.add_argument("--max-new-tokens", type=_count, default=16, metavar="N", help="longest answer (default: 16)")
     ask.add_argument("--allow-inexact", action="store_true", help="under another dtype or device")
     ask.add_argument("--json", action="store_true", help="print one JSON object")
+    add_sampling(ask, _count)
     _add_model(ask)
     _add_machine(ask)
 

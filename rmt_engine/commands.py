@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from rmt_engine import checkpoint, eval_commands
+from rmt_engine import checkpoint, eval_commands, many_command
 from rmt_engine import doctor as machine
+from rmt_engine.asking import check_fits, check_question, decoding_of
 from rmt_engine.bench.command import bench as bench
 from rmt_engine.engine import DTYPES, EMBEDDED, Engine, device_of, dtype_of
 from rmt_engine.progress import finish, human, mebibytes
 from rmt_engine.run import EARLY_TOKENS, SAMPLE, Checkpoints, Event, Summary
+from rmt_engine.run_options import decoding_options
 from rmt_engine.scoring import check_scorable
 from rmt_engine.stream import Stream
 
@@ -31,15 +33,18 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--checkpoint-every needs --save-state F, the file to save to")
     if options.score_output and not options.score:
         raise ValueError("--score-output needs --score")
+    many_command.check(options)
     engine = _engine(options)
+    if many_command.is_many(options):
+        return many_command.run_many(engine, options)
     if options.score:
         check_scorable(engine.config)
     if engine.config.family != "decoder" and (options.ask or options.generate):
         raise ValueError("this checkpoint is a classifier: it prints labels; leave out --ask and --generate")
-    _check_questions(engine, options.ask, options.max_new_tokens)
+    _check_questions(engine, options.ask, options)
     if options.generate:
         engine.tokenizer  # noqa: B018 - raises where there is none
-        engine.check_answer_fits(1, options.generate)
+        check_fits(engine, 1, decoding_of(engine, options.generate, **decoding_options(options)))
     checkpoints = Checkpoints(options.save_state, options.checkpoint_every) if options.save_state else None
     events = engine.run(
         options.input,
@@ -62,6 +67,10 @@ def run(options: argparse.Namespace) -> int:
             print(f"the state at token {checkpoints.saved_at:,} is saved: go on with --resume {path}", file=sys.stderr)
         raise
     result = _result(summary, options)
+    if options.stream and not options.json:
+        print(_text(result, engine, options), flush=True)
+        _print_pieces(summary.stream, options.ask, options.generate, options)
+        return 0
     try:
         result |= _asked(summary.stream, options)
     finally:  # what was read is told even where an answer does not fit
@@ -83,9 +92,12 @@ def ask(options: argparse.Namespace) -> int:
     engine = _engine(options)
     if engine.config.family != "decoder":
         raise ValueError("this checkpoint is a classifier: it answers no questions; rmt-engine run prints its labels")
-    _check_questions(engine, options.question, options.max_new_tokens)
+    _check_questions(engine, options.question, options)
     stream = engine.resume(options.resume, options.allow_inexact)
-    answers = _answers(stream, options.question, options.max_new_tokens)
+    if options.stream and not options.json:
+        _print_pieces(stream, options.question, None, options)
+        return 0
+    answers = _answers(stream, options.question, options)
     if options.json:
         print(json.dumps({"state": options.resume, "tokens": stream.position, "answers": answers}, ensure_ascii=False))
     else:
@@ -107,21 +119,37 @@ def _engine(options: argparse.Namespace) -> Engine:
     )
 
 
-def _check_questions(engine: Engine, questions: Sequence[str], max_new_tokens: int) -> None:
+def _check_questions(engine: Engine, questions: Sequence[str], options: argparse.Namespace) -> None:
     """Tells before hours of reading what can never be answered after them."""
+    if questions:
+        how = decoding_of(engine, options.max_new_tokens, **decoding_options(options))
+        for question in questions:
+            check_question(engine, question, how)
+
+
+def _answers(stream: Stream, questions: Sequence[str], options: argparse.Namespace) -> list[dict[str, str]]:
+    texts = stream.ask(list(questions), options.max_new_tokens, **decoding_options(options))
+    pairs = zip(questions, texts, strict=True)
+    return [{"question": question, "answer": text.strip()} for question, text in pairs]
+
+
+def _print_pieces(stream: Stream, questions: Sequence[str], generate: int | None, options: argparse.Namespace) -> None:
+    """Answers one after the other, each piece as soon as it is there."""
+    how = decoding_options(options)
     for question in questions:
-        if not question.strip():
-            raise ValueError("expected a question, got an empty one")
-        ids = engine.tokenizer.encode(engine.config.ask_template.replace("{question}", question))
-        if len(ids) > engine.config.segment_size:
-            raise ValueError(
-                f"the question {question!r} has {len(ids)} tokens; a segment holds {engine.config.segment_size}"
-            )
-        engine.check_answer_fits(len(ids), max_new_tokens)
+        print(question, end="  ", flush=True)
+        _print_one(stream.ask(question, options.max_new_tokens, stream=True, **how))
+    if generate:
+        _print_one(stream.generate(generate, stream=True, **how), strip=False)
 
 
-def _answers(stream: Stream, questions: Sequence[str], max_new_tokens: int) -> list[dict[str, str]]:
-    return [{"question": question, "answer": stream.ask(question, max_new_tokens).strip()} for question in questions]
+def _print_one(pieces: Generator[str, None, None], strip: bool = True) -> None:
+    with closing(pieces):
+        for piece in pieces:
+            shown = piece.lstrip() if strip else piece
+            strip = strip and not shown
+            print(shown, end="", flush=True)
+    print(flush=True)
 
 
 def _result(summary: Summary, options: argparse.Namespace) -> dict[str, Any]:
@@ -148,9 +176,9 @@ def _result(summary: Summary, options: argparse.Namespace) -> dict[str, Any]:
 def _asked(stream: Stream, options: argparse.Namespace) -> dict[str, Any]:
     asked: dict[str, Any] = {}
     if options.ask:
-        asked["answers"] = _answers(stream, options.ask, options.max_new_tokens)
+        asked["answers"] = _answers(stream, options.ask, options)
     if options.generate:
-        asked["generated"] = stream.generate(options.generate)
+        asked["generated"] = stream.generate(options.generate, **decoding_options(options))
     return asked
 
 

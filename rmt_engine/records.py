@@ -53,6 +53,19 @@ class JSONLines(TextSource):
     def close(self) -> None:
         self.file.close()
 
+    def records(self) -> Iterator[tuple[str, dict[str, Any] | InputError]]:
+        """See `records_of`."""
+        try:
+            for number, line in enumerate(self._lines(1 << 16, threading.Event()), 1):
+                if line.strip():
+                    where = f"{self.name}, line {number:,}"
+                    try:
+                        yield where, json_object(line, where, self.errors)
+                    except InputError as error:
+                        yield where, error
+        finally:
+            self.close()
+
     def _texts(self, read_bytes: int, stop: threading.Event) -> Iterator[bytes]:
         for number, line in enumerate(self._lines(read_bytes, stop), 1):
             if line.strip():
@@ -78,23 +91,42 @@ class JSONLines(TextSource):
         yield b"".join(parts)
 
     def _text(self, line: bytes, where: str) -> bytes:
-        try:
-            record = json.loads(line.decode("utf-8-sig", self.errors))
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{where}: expected UTF-8, found 0x{line[error.start]:02x} at its byte {error.start:,}; convert it to "
-                "UTF-8, or give --errors replace"
-            ) from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: expected a JSON object, {error.msg} at its character {error.pos:,}") from None
-        except (RecursionError, ValueError) as error:  # nested too deep, a number too long
-            raise InputError(f"{where}: expected a JSON object, {error}") from None
-        if not isinstance(record, dict):
-            raise InputError(f"{where}: expected a JSON object, found {_kind(record)}")
-        if self.field not in record:
-            found = ", ".join(map(repr, list(record)[:8])) or "none"
-            raise InputError(f"{where} has no field {self.field!r}; its fields: {found}")
-        return encoded(record[self.field], self.field, where, self.errors)
+        record = json_object(line, where, self.errors)
+        return encoded(field_of(record, self.field, where), self.field, where, self.errors)
+
+
+def json_object(line: bytes, where: str, errors: str) -> dict[str, Any]:
+    """The object of one line. Raises InputError for anything else."""
+    try:
+        record = json.loads(line.decode("utf-8-sig", errors))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where}: expected UTF-8, found 0x{line[error.start]:02x} at its byte {error.start:,}; convert it to "
+            "UTF-8, or give --errors replace"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: expected a JSON object, {error.msg} at its character {error.pos:,}") from None
+    except (RecursionError, ValueError) as error:  # nested too deep, a number too long
+        raise InputError(f"{where}: expected a JSON object, {error}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, found {_kind(record)}")
+    return record
+
+
+def field_of(record: dict[str, Any], field: str, where: str) -> Any:
+    """Raises InputError where it is missing."""
+    if field not in record:
+        found = ", ".join(map(repr, list(record)[:8])) or "none"
+        raise InputError(f"{where} has no field {field!r}; its fields: {found}")
+    return record[field]
+
+
+def records_of(source: str | Path, field: str, errors: str) -> Iterator[tuple[str, dict[str, Any] | InputError]]:
+    """Every record by itself: where it stands, and its fields (of Parquet `field` and, if there is one, `id`), or what
+    is wrong with it. Raises InputError for a file that cannot be read on."""
+    if suffixes(source)[0] == PARQUET:
+        return Parquet(source, field, errors).records()
+    return JSONLines(source, field, errors).records()
 
 
 class Parquet(TextSource):
@@ -138,6 +170,19 @@ class Parquet(TextSource):
         if not re.fullmatch(r"(dictionary<values=)?(large_)?string(_view)?(,.*)?", kind):
             self.close()
             raise InputError(f"{self.name}, column {self.field!r}: expected strings, found {kind}")
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any] | InputError]]:
+        """See `records_of`."""
+        columns = [name for name in dict.fromkeys((self.field, "id")) if name in self.table.schema_arrow.names]
+        try:
+            for batch in self.table.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
+                for row in batch.to_pylist():
+                    self.done += 1
+                    yield f"{self.name}, row {self.done:,}", row
+        except Exception as error:  # arrow's own, and whatever a remote file system raises
+            raise InputError(f"cannot read {self.name} after row {self.done:,}: {error}") from error
+        finally:
+            self.close()
 
     def _texts(self, stop: threading.Event) -> Iterator[bytes]:
         try:
