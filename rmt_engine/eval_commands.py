@@ -76,11 +76,10 @@ def _babilong(options: argparse.Namespace, make_engine: MakeEngine) -> int:
     engine = make_engine(options)
     settings = {"prompt": prompts.template, "instructions": instructions, "max_new_tokens": options.max_new_tokens}
     store = Store(options.resume_dir, {**_origin(engine), **settings} if options.resume_dir else None)
-    # A rough count: tokenizing everything only to count it would cost as much as the reading.
-    size = sum(file.path.stat().st_size for file in files)
-    print(f"reading {len(files)} files, {human(size)} bytes", file=sys.stderr)
+    loads = babilong.loads(engine, files, options.limit, options.slots)
+    _say_cost(engine, loads, f"{len(files)} files, {options.slots} samples side by side")
     scores = []
-    with counting(None, "babilong") as on_step:
+    with counting(sum(load.tokens for load in loads), "babilong") as on_step:
         for score in babilong.evaluate(
             engine,
             files,

@@ -114,11 +114,11 @@ def test_samples_of_every_format(tmp_path: Path, name: str) -> None:
     path = _write(tmp_path / name)
     for found in (find_files(tmp_path), find_files(path)):
         assert [(file.path, file.task, file.length) for file in found] == [(path, "qa1", "4k")]
-    samples = read_samples(path)
+    samples = list(read_samples(path))
     assert [vars(sample) for sample in samples] == [
         {"context": one["input"], "question": one["question"], "target": one["target"]} for one in SAMPLES
     ]
-    assert read_samples(path, 2) == samples[:2]
+    assert list(read_samples(path, 2)) == samples[:2]
 
 
 def test_files_are_found_by_task_and_length(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_files_are_found_by_task_and_length(tmp_path: Path) -> None:
 def test_damaged_files(tmp_path: Path, name: str, content: str, words: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=words):
-        read_samples(tmp_path / name)
+        list(read_samples(tmp_path / name))
 
 
 def test_instructions_are_read(tmp_path: Path) -> None:

@@ -165,7 +165,9 @@ def test_babilong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["eval", "babilong", "--data", str(tmp_path), "--max-new-tokens", "8"]
     asked = ["--prompt", "{context}\nQuestion: {question}\nAnswer:"]
     assert main([*command, *asked]) == 0
-    assert "qa1      0k  1/1 = 100.0 % (95 %: 20.7–100.0)" in capsys.readouterr().out
+    result = capsys.readouterr()
+    assert "qa1      0k  1/1 = 100.0 % (95 %: 20.7–100.0)" in result.out
+    assert "tokens, 1 files, 16 samples side by side: about" in result.err
     assert main([*command, *asked, "-o", "md"]) == 0
     assert "| qa1 | 0k | 1 of 1 | 100.0 % | 20.7–100.0 |" in capsys.readouterr().out
     assert main([*command, *asked, "--instructions", "x.json"]) == 2

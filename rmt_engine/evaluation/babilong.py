@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from rmt_engine.engine import Engine
 from rmt_engine.errors import InputError, RMTError, TokenizerError
+from rmt_engine.evaluation.cost import Load
 from rmt_engine.evaluation.intervals import wilson
 from rmt_engine.evaluation.reading import OnStep
 from rmt_engine.evaluation.store import Key, Store
@@ -24,6 +26,7 @@ from rmt_engine.evaluation.store import Key, Store
 PLAIN = "{context} {question}"  # how the authors put samples to their RMT checkpoints
 FIELDS = ("input", "question", "target")
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
+RATE_CHARS = 20_000  # of a file's first sample, from which tokens are estimated
 SAVED_EVERY = 16  # samples answered between two writes of the store
 
 _ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
@@ -54,11 +57,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleFile:
-    """A file of samples; task and length (`4k`) as its path says."""
+    """A file of samples; task and length (`4k`) as its path says; name: its path in the folder that was given."""
 
     path: Path
     task: str
     length: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ def find_files(
     if not root.exists():
         raise InputError(f"there are no samples at {root}; give a file of BABILong's data set or a folder of them")
     paths = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES)
-    named = [_named(path, path if root.is_file() else path.relative_to(root)) for path in paths]
+    named = [_named(path, path.absolute() if root.is_file() else path.relative_to(root)) for path in paths]
     files = [
         file
         for file in named
@@ -168,25 +172,22 @@ def _named(path: Path, relative: Path) -> SampleFile | None:
     lengths = re.findall(r"(?<![^\W_])(\d+[kM])(?![^\W_])", str(relative))
     if not tasks or not lengths or tasks[-1] not in LABELS:
         return None
-    return SampleFile(path, tasks[-1], lengths[-1])
+    return SampleFile(path, tasks[-1], lengths[-1], relative.as_posix())
 
 
 def _tokens(length: str) -> int:
     return int(length[:-1]) * {"k": 1_000, "M": 1_000_000}[length[-1]]
 
 
-def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
-    """The samples of a file, or its first `limit`. Raises InputError."""
-    samples = []
-    for number, record in enumerate(_records(path)):
-        if number == limit:
-            break
+def read_samples(path: Path, limit: int | None = None) -> Iterator[Sample]:
+    """The samples of a file, or its first `limit`, one at a time where the format allows it. Raises InputError."""
+    number = -1
+    for number, record in enumerate(islice(_records(path), limit)):
         if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in FIELDS):
             raise InputError(f"{path}, sample {number}: expected the texts {', '.join(FIELDS)}")
-        samples.append(Sample(record["input"], record["question"], record["target"]))
-    if not samples:
+        yield Sample(record["input"], record["question"], record["target"])
+    if number < 0:
         raise InputError(f"{path} holds no samples")
-    return samples
 
 
 def _records(path: Path) -> Iterator[Any]:
@@ -194,9 +195,13 @@ def _records(path: Path) -> Iterator[Any]:
         yield from _arrow_records(path)
         return
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        whole = text.lstrip().startswith("[")
-        yield from json.loads(text) if whole else (json.loads(line) for line in text.split("\n") if line.strip())
+        with open(path, encoding="utf-8-sig") as file:
+            if file.read(64).lstrip().startswith("["):  # an array is one JSON value: it can only be read whole
+                file.seek(0)
+                yield from json.load(file)
+                return
+            file.seek(0)
+            yield from (json.loads(line) for line in file if line.strip())
     except ValueError as error:
         raise InputError(f"{path}: expected a JSON array, or a JSON object a line: {error}") from None
 
@@ -204,20 +209,31 @@ def _records(path: Path) -> Iterator[Any]:
 def _arrow_records(path: Path) -> Iterator[Any]:
     try:
         import pyarrow
-        from pyarrow import ipc, parquet
+        from pyarrow import parquet
     except ImportError:
         raise InputError(f"{path} needs a package that is not here: pip install 'rmt-engine[parquet]'") from None
     try:
-        if path.suffix == ".parquet":
-            yield from parquet.read_table(path).to_pylist()
-            return
-        with pyarrow.memory_map(str(path)) as file:  # the datasets library writes a stream, others a file
-            is_file = file.read(6) == b"ARROW1"
-            file.seek(0)
-            table = (ipc.open_file if is_file else ipc.open_stream)(file).read_all()
-            yield from table.to_pylist()
+        batches = parquet.ParquetFile(path).iter_batches(1) if path.suffix == ".parquet" else _arrow_batches(path)
+        for batch in batches:
+            for row in range(batch.num_rows):
+                yield from batch.slice(row, 1).to_pylist()
     except pyarrow.ArrowException as error:
         raise InputError(f"{path} cannot be read by pyarrow: {error}") from None
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    """Record batches of an Arrow file: the datasets library writes the stream format, others the file format."""
+    import pyarrow
+    from pyarrow import ipc
+
+    with pyarrow.memory_map(str(path)) as file:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        if is_file:
+            reader = ipc.open_file(file)
+            yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+        else:
+            yield from ipc.open_stream(file)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -257,14 +273,53 @@ def evaluate(
     """
     if engine.config.family != "decoder":
         raise ValueError("BABILong asks for generated answers: this checkpoint is a classifier")
-    prompts, store = prompts or Prompts(), store or Store()
+    prompts, store = prompts or Prompts(), Store() if store is None else store
     for file in files:
-        samples = read_samples(file.path, limit)
-        keys: list[Key] = [(file.task, file.length, file.path.name, index) for index in range(len(samples))]
-        missing = [index for index, key in enumerate(keys) if (key, 0) not in store.answers]
-        ids = (encode(engine, prompts.of(file.task, samples[index])) for index in missing)
-        _answer(engine, ids, [keys[index] for index in missing], store, max_new_tokens, slots, on_step)
-        yield _score(file, samples, [store.answers[key, 0] for key in keys])
+        reading = _Reading(file)
+        documents = reading.documents(engine, prompts, store, limit)
+        _answer(engine, documents, reading.missing, store, max_new_tokens, slots, on_step)
+        yield _score(file, reading.asked, [store.answers[key, 0] for key in reading.keys])
+
+
+class _Reading:
+    """What is met while a file's samples are read; their contexts are not kept.
+
+    asked: question and target of each. missing: keys of those that were not answered before, in their order.
+    """
+
+    def __init__(self, file: SampleFile):
+        self.file = file
+        self.asked: list[tuple[str, str]] = []
+        self.missing: list[Key] = []
+
+    @property
+    def keys(self) -> list[Key]:
+        return [self._key(index) for index in range(len(self.asked))]
+
+    def _key(self, index: int) -> Key:
+        return self.file.task, self.file.length, self.file.name, index
+
+    def documents(self, engine: Engine, prompts: Prompts, store: Store, limit: int | None) -> Iterator[np.ndarray]:
+        """The ids of the prompts that are missing, each made when it is taken."""
+        for index, sample in enumerate(read_samples(self.file.path, limit)):
+            self.asked.append((sample.question, sample.target))
+            if (self._key(index), 0) not in store.answers:
+                self.missing.append(self._key(index))
+                yield encode(engine, prompts.of(self.file.task, sample))
+
+
+def loads(engine: Engine, files: Sequence[SampleFile], limit: int | None, slots: int) -> list[Load]:
+    """What all samples take, as `cost.estimate` takes it: their characters, times the tokens of one among the first."""
+    found = []
+    for file in files:
+        chars, rate = 0, 0.0
+        for sample in read_samples(file.path, limit):
+            begin = f"{sample.context[:RATE_CHARS]} {sample.question}"
+            rate = rate or len(engine.tokenizer.encode(begin)) / len(begin)
+            chars += len(sample.context) + len(sample.question) + 1
+        tokens = round(chars * rate)
+        found.append(Load(slots, -(-tokens // (slots * engine.config.segment_size)), tokens))
+    return found
 
 
 def encode(engine: Engine, prompt: str) -> np.ndarray:
@@ -299,10 +354,11 @@ def _answer(
     store.add(waiting)
 
 
-def _score(file: SampleFile, samples: Sequence[Sample], answers: Sequence[str]) -> Score:
+def _score(file: SampleFile, asked: Sequence[tuple[str, str]], answers: Sequence[str]) -> Score:
     labels = LABELS[file.task]
-    pairs = list(zip(samples, answers, strict=True))
     wrong = tuple(
-        (s.question, s.target, given) for s, given in pairs if not is_right(s.target, given, s.question, labels)
+        (question, target, given)
+        for (question, target), given in zip(asked, answers, strict=True)
+        if not is_right(target, given, question, labels)
     )
-    return Score(file.task, file.length, len(samples), len(samples) - len(wrong), wrong)
+    return Score(file.task, file.length, len(asked), len(asked) - len(wrong), wrong)
