@@ -10,13 +10,10 @@ def dims(name: str, tensor: Tensor, spec: str, **known: int) -> dict[str, int]:
 
     Raises ValueError naming the tensor, the shape expected and the one that came.
     """
-    letters = spec.split()
-    shape = tuple(tensor.shape)
+    letters, bound = spec.split(), dict(known)
+    if len(letters) == tensor.dim() and all(
+        bound.setdefault(letter, size) == size for letter, size in zip(letters, tensor.shape, strict=True)
+    ):
+        return bound
     wanted = ", ".join(f"{letter}={known[letter]}" if letter in known else letter for letter in letters)
-    if len(letters) != len(shape):
-        raise ValueError(f"{name}: expected [{wanted}], got {list(shape)}")
-    bound = dict(known)
-    for letter, size in zip(letters, shape, strict=True):
-        if bound.setdefault(letter, size) != size:
-            raise ValueError(f"{name}: expected [{wanted}], got {list(shape)}")
-    return bound
+    raise ValueError(f"{name}: expected [{wanted}], got {list(tensor.shape)}")

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rmt_kernels._cpu as _cpu
-from rmt_kernels.checks import dims
 from rmt_kernels.weights import Linear, Norm
 
 # activation -> oneDNN's name and algorithm. In the GEMM's epilogue an element's bits do not depend on where it stands;
@@ -68,40 +67,32 @@ class NativeLinear:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = self._rows(x, self.inputs)
-        out = x.new_empty(*x.shape[:-1], self.outputs)
-        stride = rows.stride(0)
-        self.kernel(rows.data_ptr(), len(rows), stride, "none", 0, 0, out.data_ptr(), torch.get_num_threads())
-        return out
+        return self._run(x, "none", None)
 
     def add(self, x: Tensor, other: Tensor) -> Tensor:
-        return self._combined("add", x, other)
+        return self._run(x, "add", other)
 
     def multiply(self, x: Tensor, other: Tensor) -> Tensor:
-        return self._combined("multiply", x, other)
+        return self._run(x, "multiply", other)
 
-    def _combined(self, how: str, x: Tensor, other: Tensor) -> Tensor:
-        rows, others = self._rows(x, self.inputs), self._rows(other, self.outputs)
-        dims("other", others, "R N", R=len(rows), N=self.outputs)
+    def _run(self, x: Tensor, combine: str, other: Tensor | None) -> Tensor:
+        rows = _rows(x, self.inputs)
+        others = rows if other is None else _rows(other, self.outputs)
+        count = rows.shape[0]
+        if others.shape[0] != count:
+            raise ValueError(f"other: expected {count} rows of {self.outputs}, got {others.shape[0]}")
         out = x.new_empty(*x.shape[:-1], self.outputs)
-        self.kernel(
-            rows.data_ptr(),
-            len(rows),
-            rows.stride(0),
-            how,
-            others.data_ptr(),
-            others.stride(0),
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
+        threads, stride, other_stride = torch.get_num_threads(), rows.stride(0), others.stride(0)
+        self.kernel(rows.data_ptr(), count, stride, combine, others.data_ptr(), other_stride, out.data_ptr(), threads)
         return out
 
-    def _rows(self, x: Tensor, width: int) -> Tensor:
-        """x [..., width] as fp32 rows whose elements lie side by side."""
-        if x.dtype != torch.float32 or x.shape[-1] != width:
-            raise ValueError(f"expected float32 [..., {width}], got {x.dtype} {list(x.shape)}")
-        rows = x.reshape(-1, width)
-        return rows if rows.stride(1) == 1 else rows.contiguous()
+
+def _rows(x: Tensor, width: int) -> Tensor:
+    """x [..., width] as fp32 rows whose elements lie side by side."""
+    if x.dtype != torch.float32 or x.shape[-1] != width:
+        raise ValueError(f"expected float32 [..., {width}], got {x.dtype} {list(x.shape)}")
+    rows = x.reshape(-1, width)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 class OneDNNLinear:

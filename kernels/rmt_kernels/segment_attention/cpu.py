@@ -38,7 +38,6 @@ class NativeAttention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, length: Count, start: Count = 0, cache: KVCache | None = None
     ) -> Tensor:
-        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
         past: Count = 0 if cache is None else cache.length
         self._check(q, k, v, length, start, past, cache)
         batch, rows, _ = q.shape
@@ -71,35 +70,45 @@ class NativeAttention:
     ) -> None:
         """Everything that the kernel takes at its word, but for numbers of the slots, which are the caller's."""
         spec = self.spec
+        for x in (q, k, v):
+            if x.stride(-1) != 1:
+                raise ValueError(f"attention: expected elements of a row side by side, got strides {x.stride()}")
         bound = dims("q", q, "B R E", E=spec.heads * spec.head_dim)
         bound = dims("k", k, "B T E", B=bound["B"], E=spec.kv_heads * spec.head_dim)
         dims("v", v, "B T E", **bound)
-        tables = [] if cache is None else [cache.keys, cache.values]
-        if q.dtype not in DTYPES or any(x.dtype != q.dtype or x.device.type != "cpu" for x in (q, k, v, *tables)):
-            found = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v, *tables))
-            raise ValueError(f"attention: expected one of {', '.join(DTYPES.values())} on the CPU, got {found}")
-        for table in tables:
-            dims("cache", table, "B H P D", B=bound["B"], H=spec.kv_heads, D=spec.head_dim)
+        tensors = (q, k, v) if cache is None else (q, k, v, cache.keys, cache.values)
+        for x in tensors:
+            if x.dtype != q.dtype or x.dtype not in DTYPES or x.is_cuda:
+                found = ", ".join(f"{x.dtype} on {x.device}" for x in tensors)
+                raise ValueError(f"attention: expected one of {', '.join(DTYPES.values())} on the CPU, got {found}")
         if isinstance(length, int) and not 1 <= length <= bound["T"]:
             raise ValueError(f"length: expected 1..{bound['T']}, got {length}")
-        if isinstance(length, int) and isinstance(past, int) and tables and past + length > tables[0].shape[2]:
-            raise ValueError(f"the cache has room for {tables[0].shape[2]} rows; {past} + {length} are too many")
+        if cache is not None:
+            self._check_cache(cache, bound["B"], past, length)
         if self.positions is not None and isinstance(past, int) and isinstance(start, int):
             end = past + max(start + q.shape[1], length if isinstance(length, int) else 0)
             if end > self.positions:
                 raise ValueError(f"rope has {self.positions} positions; row {end - 1} is behind them")
 
+    def _check_cache(self, cache: KVCache, batch: int, past: Count, length: Count) -> None:
+        for table in (cache.keys, cache.values):
+            room = dims("cache", table, "B H P D", B=batch, H=self.spec.kv_heads, D=self.spec.head_dim)["P"]
+            if table.stride(3) != 1:
+                raise ValueError(f"cache: expected its elements side by side, got strides {table.stride()}")
+            if isinstance(length, int) and isinstance(past, int) and past + length > room:
+                raise ValueError(f"the cache has room for {room} rows; {past} + {length} are too many")
+
 
 def _heads(x: Tensor, head_dim: int) -> _cpu.Heads:
     """x [B, R, H·D]: where its heads lie."""
-    return x.data_ptr(), x.stride(0), head_dim, x.stride(1)
+    batch, row, _ = x.stride()
+    return x.data_ptr(), batch, head_dim, row
 
 
 def _table(x: Tensor) -> _cpu.Heads:
     """x [B, H_kv, P, D] of a cache."""
-    if x.stride(3) != 1:
-        raise ValueError(f"cache: expected its elements side by side, got strides {x.stride()}")
-    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+    batch, head, row, _ = x.stride()
+    return x.data_ptr(), batch, head, row
 
 
 def _native(count: Count) -> _cpu.Count:
