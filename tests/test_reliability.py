@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from campaign import checkpoints, enospc, kills, states, token_files, watched
+from campaign import checkpoints, enospc, kills, slots, states, token_files, watched
 from campaign.mutations import mutated
 from campaign.watched import Report, Target
 
@@ -17,6 +17,7 @@ from rmt_engine import memory
 
 MUTATIONS = 200
 KILLS = 5
+COMPANIES = 30
 
 
 def check(report: Report, attempts: int = 1) -> None:
@@ -50,7 +51,18 @@ def test_killed_runs() -> None:
     assert report.outcomes["killed in a save"]
 
 
+def test_bits_in_random_company() -> None:
+    check(slots.run(COMPANIES, seed=1), COMPANIES)
+
+
 # The campaigns themselves
+
+
+def test_bits_that_depend_on_the_other_slots_are_found_out() -> None:
+    """A GEMM whose bits depend on its rows is harmless in batches of one size, and is seen without that rule."""
+    check(slots.run(8, seed=1, wrap=slots.RowsMatter))
+    assert slots.run(8, seed=1, wrap=slots.RowsMatter, fixed=False).failures
+    assert slots.run(8, seed=1, wrap=slots.NeighboursMatter).failures
 
 
 def busy(seconds: float) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from campaign import checkpoints, enospc, kills, states, token_files
+from campaign import checkpoints, enospc, kills, slots, states, token_files
 from campaign.watched import Report
 
 # name -> (full count, the campaign)
@@ -19,6 +19,7 @@ CAMPAIGNS: dict[str, tuple[int, Callable[[int, int], Report]]] = {
     "states": (10_000, states.run),
     "enospc": (0, lambda count, seed: enospc.run()),
     "kills": (100, kills.run),
+    "slots": (1_000, slots.run),
 }
 
 
