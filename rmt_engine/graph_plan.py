@@ -100,10 +100,16 @@ def slots_bucket(slots: int) -> int:
 
 
 def answer_room(max_new_tokens: int) -> int:
-    """Rows behind the text in a KV cache: a power of two of at least 16. Raises ValueError for less than one token."""
+    """Rows behind a full segment in a KV cache: a power of two of at least 16. Raises ValueError for less than one."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     return max(LEAST_ROOM, 1 << (max_new_tokens - 1).bit_length())
+
+
+def answer_rows(segment_size: int, text: int) -> int:
+    """Rows of a KV cache, memory tokens apart, for answering segments of at most `text` tokens with the answer: those
+    of a full segment and `answer_room` behind it."""
+    return segment_size + answer_room(max(text - segment_size, 1))
 
 
 def ring_width(segment_size: int) -> int:

@@ -68,11 +68,10 @@ class DecodeSlots:
             self.caches = caches
             return logits[0]
         if not self.caches:
-            self.caches = [KVCache(_slots_of(c.keys, self.size), _slots_of(c.values, self.size)) for c in caches]
+            self.caches = self.executor.caches(self.size, self.room)
         for all_slots, own in zip(self.caches, caches, strict=True):
             all_slots.keys[slot], all_slots.values[slot] = own.keys[0], own.values[0]
-        assert isinstance(caches[0].length, int)
-        self.lengths[slot] = caches[0].length
+        self.lengths[slot] = self.executor.initial.shape[0] + len(ids)
         return logits[0]
 
     def step(self, tokens: dict[int, int]) -> Tensor:
@@ -89,10 +88,6 @@ class DecodeSlots:
 
     def free(self, slot: int) -> None:
         self.lengths[slot] = 0
-
-
-def _slots_of(table: Tensor, size: int) -> Tensor:
-    return table.new_zeros(size, *table.shape[1:])
 
 
 class Answer:

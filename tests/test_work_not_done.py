@@ -270,12 +270,12 @@ def test_a_stream_keeps_one_state_and_a_short_rest(counted: Counted, monkeypatch
 
 def test_the_caches_hold_one_segment(decoder: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[KVCache] = []
-    real = decoder.executor._caches
+    real = decoder.executor.caches
 
-    def watched(batch: int, room: int) -> list[KVCache]:
-        made.extend(real(batch, room))
+    def watched(slots: int, text: int) -> list[KVCache]:
+        made.extend(real(slots, text))
         return made[-LAYERS:]
 
-    monkeypatch.setattr(decoder.executor, "_caches", watched)
+    monkeypatch.setattr(decoder.executor, "caches", watched)
     decoder.executor.prefill(decoder.ids(7), decoder.engine.initial_memory(), 5)
     assert len(made) == LAYERS and {cache.keys.shape[2] for cache in made} == {MEMORY + 7 + 5}
