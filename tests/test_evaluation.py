@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from rmt_engine import Engine, InputError
 from rmt_engine.evaluation import retrieval, texts
+from rmt_engine.evaluation import store as store_module
 from rmt_engine.evaluation.answers import ANSWER_TOKENS
 from rmt_engine.evaluation.facts import (
     DIRECTIONS,
@@ -236,7 +238,7 @@ def test_side_by_side_answers_as_each_alone(engine: Engine, noise: Noise) -> Non
     trials = [make_trial("detect", 600, noise, np.random.default_rng(seed)) for seed in range(6)]
     (batch,) = batches(_readings(engine, trials, lengths), 100)
     answered = 0
-    for reading, length, given in read_and_ask(engine, retrieval.answerer(engine, "generate"), batch, lambda n: None):
+    for reading, length, given in chain(*read_and_ask(engine, retrieval.answerer(engine, "generate"), batch)):
         stream = engine.stream()
         stream.feed(reading.trial.text.read(0, length))
         assert stream.ask(reading.trial.problem.question, ANSWER_TOKENS) == given
@@ -325,6 +327,36 @@ def test_what_is_answered_is_not_asked_again(engine: Engine, noise: Noise, tmp_p
     assert plan.loads(done, 6) == []
     with pytest.raises(ValueError, match=r"holds another measurement \(seed: 0 there, 1 now\)"):
         Store(tmp_path, {"seed": 1})
+
+
+def test_a_text_is_read_on_from_where_it_stood(
+    engine: Engine, noise: Noise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"tasks": ["memorize"], "lengths": [500, 2000], "trials": 3}
+    plan = Plan(engine, noise, Settings(**settings))  # type: ignore[arg-type]
+    whole = _cells(engine, noise, **settings)
+    monkeypatch.setattr(store_module, "PLACE_SECONDS", 0.0)
+    read: list[int] = []
+
+    def cut_off(tokens: int) -> None:
+        read.append(tokens)
+        if sum(read) > 3 * 1500:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(evaluate(plan, Store(tmp_path, {}), on_step=cut_off))
+    folds = []
+    fold = engine.executor.fold
+    monkeypatch.setattr(engine.executor, "fold", lambda *a: folds.append(1) or fold(*a))
+    again: list[int] = []
+    assert list(evaluate(plan, Store(tmp_path, {}), on_step=again.append)) == whole
+    assert again[0] == sum(read) == 3 * 14 * 112  # the place itself, then what was left
+    assert sum(again) == 3 * 17 * 112 and len(folds) == len(again) - 1 == 3
+
+    assert Store(tmp_path, {}).place_of("others") is None
+    (tmp_path / "place.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match=r"place\.safetensors is damaged"):
+        Store(tmp_path, {}).place_of("others")
 
 
 def test_a_damaged_store_is_told(tmp_path: Path) -> None:

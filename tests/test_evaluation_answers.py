@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -62,7 +64,7 @@ def test_the_likeliest_answer_is_given(decoder: Engine, length: int) -> None:
     trials = [make_trial("detect", length, noise, np.random.default_rng(seed)) for seed in range(4)]
     readings = [r for i, trial in enumerate(trials) for r in readings_of(decoder, ("detect", 1, 0, i), trial, [length])]
     (batch,) = batches(readings, 8)
-    for reading, _, given in read_and_ask(decoder, answerer(decoder, "score"), batch, lambda tokens: None):
+    for reading, _, given in chain(*read_and_ask(decoder, answerer(decoder, "score"), batch)):
         expected = _by_hand(decoder, reading.trial.text.read(0, length), reading.trial.problem)
         best, second = sorted(expected.values(), reverse=True)[:2]
         assert best - second > 1e-4, "too close for this test"
@@ -90,7 +92,7 @@ def test_a_classifier_answers_as_forward_does(alignment: str, size: int) -> None
         question = question_ids(engine, trial.problem)
         answers = {}
         for reading in readings_of(engine, ("memorize", 1, 200, seed), trial, lengths):
-            for _, length, given in read_and_ask(engine, answerer(engine, "classify"), [reading], lambda tokens: None):
+            for _, length, given in chain(*read_and_ask(engine, answerer(engine, "classify"), [reading])):
                 answers[length] = given
         assert sorted(answers) == lengths
         for length, given in answers.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -56,22 +57,48 @@ def batches(readings: Sequence[Reading], slots: int) -> list[list[Reading]]:
     return [group[i : i + slots] for _, group in sorted(alike.items()) for i in range(0, len(group), slots)]
 
 
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a batch stands: its memory states [B, M, E] after `position` tokens of each text."""
+
+    position: int
+    memory: Tensor
+
+
+def signature(batch: Sequence[Reading]) -> str:
+    """Which texts a batch reads, and how they are cut: what a place belongs to."""
+    cut = batch[0].cut
+    return json.dumps([[reading.key for reading in batch], cut.first, cut.size, batch[0].tail])
+
+
 def read_and_ask(
-    engine: Engine, answer: Answer, batch: Sequence[Reading], on_step: OnStep
-) -> Iterator[tuple[Reading, int, str]]:
-    """Reads a batch of `batches`; yields (reading, length, answer). on_step is told the tokens read by each step."""
-    memory, position = engine.initial_memory(len(batch)), 0
+    engine: Engine,
+    answer: Answer,
+    batch: Sequence[Reading],
+    on_step: OnStep = lambda tokens: None,
+    start: Place | None = None,
+    on_place: Callable[[Place], None] = lambda place: None,
+) -> Iterator[list[tuple[Reading, int, str]]]:
+    """Reads a batch of `batches`; yields (reading, length, answer) of all that are asked at a length, ascending.
+
+    on_step is told the tokens read by each step, on_place where the batch stands after it. start: such a place to go
+    on from; it must not lie behind the first length.
+    """
+    place = Place(0, engine.initial_memory(len(batch))) if start is None else start
+    on_step(place.position * len(batch))
     for length in sorted({length for reading in batch for length in reading.asked_at}):
         border = last_border(batch[0].cut, length, batch[0].tail)
-        while position < border:
-            stop = position + next_size(batch[0].cut, position)
-            memory = engine.executor.fold(tensor(engine, [r.trial.text.read(position, stop) for r in batch]), memory)
-            on_step((stop - position) * len(batch))
-            position = stop
+        assert place.position <= border
+        while place.position < border:
+            stop = place.position + next_size(batch[0].cut, place.position)
+            ids = tensor(engine, [reading.trial.text.read(place.position, stop) for reading in batch])
+            place = Place(stop, engine.executor.fold(ids, place.memory))
+            on_place(place)
+            on_step(ids.numel())
         members = [i for i, reading in enumerate(batch) if length in reading.asked_at]
         asked = [batch[i] for i in members]
-        answers = _ask(engine, answer, asked, rows_of(memory, members), position, length)
-        yield from ((reading, length, text) for reading, text in zip(asked, answers, strict=True))
+        answers = _ask(engine, answer, asked, rows_of(place.memory, members), place.position, length)
+        yield [(reading, length, text) for reading, text in zip(asked, answers, strict=True)]
 
 
 def next_size(cut: Cut, position: int) -> int:

@@ -17,12 +17,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rmt_engine.engine import Engine
-from rmt_engine.evaluation.answers import answerer, check_labels, question_ids, way_of
+from rmt_engine.evaluation.answers import Answer, answerer, check_labels, question_ids, way_of
 from rmt_engine.evaluation.cost import Load
 from rmt_engine.evaluation.facts import NAMES, ROOMS
 from rmt_engine.evaluation.intervals import wilson
 from rmt_engine.evaluation.noise import Noise
-from rmt_engine.evaluation.reading import OnStep, Reading, batches, read_and_ask, readings_of
+from rmt_engine.evaluation.reading import (
+    OnStep,
+    Place,
+    Reading,
+    batches,
+    last_border,
+    read_and_ask,
+    readings_of,
+    signature,
+)
 from rmt_engine.evaluation.store import Key, Store
 from rmt_engine.evaluation.texts import TASKS, Trial, make_trial
 
@@ -149,10 +158,23 @@ def evaluate(
     told: set[tuple[str, int]] = set()
     yield from _new(plan.cells(store), told)
     for batch in plan.batches(store, slots):
-        store.add(
-            [(reading.key, length, text) for reading, length, text in read_and_ask(engine, answer, batch, on_step)]
-        )
+        for asked in _read(engine, answer, batch, store, on_step):
+            store.add([(reading.key, length, text) for reading, length, text in asked])
         yield from _new(plan.cells(store), told)
+
+
+def _read(
+    engine: Engine, answer: Answer, batch: Sequence[Reading], store: Store, on_step: OnStep
+) -> Iterator[list[tuple[Reading, int, str]]]:
+    """`read_and_ask`, from the place that the store has kept of this very batch."""
+    whose, first = signature(batch), min(reading.asked_at[0] for reading in batch)
+    kept = store.place_of(whose)
+    start = None
+    if kept is not None and kept[0] <= last_border(batch[0].cut, first, batch[0].tail):
+        start = Place(kept[0], kept[1].to(engine.device))
+    return read_and_ask(
+        engine, answer, batch, on_step, start, lambda place: store.keep_place(whose, place.position, place.memory)
+    )
 
 
 def _new(cells: Sequence[Cell], told: set[tuple[str, int]]) -> Iterator[Cell]:
