@@ -25,6 +25,7 @@ from rmt_engine.tokens import Tokenizer
 
 if TYPE_CHECKING:
     from rmt_engine.documents import AnyDocument
+    from rmt_engine.hf import RMTGenerator
     from rmt_engine.run import Event
     from rmt_engine.scoring import SegmentScores
     from rmt_engine.slots import DocumentResult
@@ -290,6 +291,12 @@ class Engine:
         from rmt_engine.slots import encode
 
         return encode(self, documents, **options)
+
+    def as_generator(self) -> RMTGenerator:
+        """This decoder with the `generate` of a transformers model: streamers, logits processors, stopping criteria."""
+        from rmt_engine.hf import RMTGenerator
+
+        return RMTGenerator(self)
 
     def score(self, source: Any, **options: Any) -> Iterator[SegmentScores]:
         """Log-probabilities of every token of a file or of ids, segment by segment. See `rmt_engine.run.score`."""

@@ -53,11 +53,29 @@ def tiny(name: str) -> TinyCheckpoint:
         "gpt2-untied": lambda: tiny_decoder("gpt2", tied=False, **small),
         "llama": lambda: tiny_decoder("llama", tied=False, **small),
         "llama-tied": lambda: tiny_decoder("llama", tied=True, rope="llama3", **small),
+        "gpt_neox": lambda: tiny_decoder("gpt_neox", tied=False, **small),
+        "gpt_neox-tied": lambda: tiny_decoder("gpt_neox", tied=True, use_parallel_residual=False, **small),
+        "mistral": lambda: tiny_decoder("mistral", sliding_window=S + 8, **small),
+        "qwen2": lambda: tiny_decoder("qwen2", tied=True, **small),
+        "qwen3": lambda: tiny_decoder("qwen3", **small),
         "bert": lambda: tiny_encoder("bert", **small),
+        "roberta": lambda: tiny_encoder("roberta", **small),
     }[name]()
 
 
-NAMES = ["gpt2", "gpt2-untied", "llama", "llama-tied", "bert"]
+ENCODERS = ["bert", "roberta"]
+NAMES = [
+    "gpt2",
+    "gpt2-untied",
+    "llama",
+    "llama-tied",
+    "gpt_neox",
+    "gpt_neox-tied",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    *ENCODERS,
+]
 
 CONTAINERS: dict[str, Callable[[Path, State], Path]] = {
     "model_best.pth": lambda d, s: save_trainer_dict(d / "model_best.pth", s),
@@ -134,21 +152,25 @@ def test_a_converted_folder_loads_to_the_same_tensors(name: str, tmp_path: Path)
     assert direct == config
 
 
-def test_the_encoder_config_follows_its_buffers_tokenizer_and_classifier(tmp_path: Path) -> None:
-    checkpoint = tiny("bert")
+@pytest.mark.parametrize(("name", "drop_ids"), [("bert", (0, 2, 3)), ("roberta", (1,))])
+def test_the_encoder_config_follows_its_buffers_tokenizer_and_classifier(
+    name: str, drop_ids: tuple[int, ...], tmp_path: Path
+) -> None:
+    checkpoint = tiny(name)
     nameless = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
     base = base_of(checkpoint, tmp_path, **nameless)
     path = save_flat(tmp_path / "pytorch_model.bin", checkpoint.state_dict())
     config, weights = load(path, base=base, input_size=40)
     assert config.segment_size == 40 - 4 - 3
-    assert (config.cls_id, config.sep_id, config.drop_ids) == (SPECIAL.cls, SPECIAL.sep, (0, 2, 3))
+    assert (config.cls_id, config.sep_id, config.drop_ids) == (checkpoint.special.cls, checkpoint.special.sep, drop_ids)
     assert config.alignment == "right"
     assert config.labels == [f"LABEL_{i}" for i in range(LABELS)]
-    assert config.backbone["vocab_size"] == ENCODER_VOCAB == len(weights["bert.embeddings.word_embeddings.weight"])
+    assert config.backbone["vocab_size"] == ENCODER_VOCAB == len(weights[checkpoint.words])
 
 
-def test_a_base_that_counts_the_memory_rows_is_understood(tmp_path: Path) -> None:
-    checkpoint = tiny("bert")
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_base_that_counts_the_memory_rows_is_understood(name: str, tmp_path: Path) -> None:
+    checkpoint = tiny(name)
     base = base_of(checkpoint, tmp_path, vocab_size=ENCODER_VOCAB + 4)
     path = save_flat(tmp_path / "w.pth", checkpoint.state_dict())
     config, weights = load(path, base=base, segment_size=S)
@@ -171,10 +193,16 @@ def test_wrappers_and_old_buffers_do_not_matter(tmp_path: Path) -> None:
             "transformer.h.1.attn.masked_bias": torch.tensor(-1e4),
         },
         "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+        "gpt_neox": {
+            "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8).bool(),
+            "gpt_neox.layers.1.attention.masked_bias": torch.tensor(-1e9),
+            "gpt_neox.layers.1.attention.rotary_emb.inv_freq": torch.ones(1),
+        },
         "bert": {"bert.embeddings.position_ids": torch.arange(64)[None]},
+        "roberta": {"roberta.embeddings.position_ids": torch.arange(64)[None]},
     }.items():
         checkpoint = tiny(name)
-        prefix = "model." if name == "bert" else "memory_cell.model."
+        prefix = "model." if name in ENCODERS else "memory_cell.model."
         state = {**checkpoint.state_dict(), **{prefix + key: value for key, value in old.items()}}
         state = {"module." + key.replace("model.", "model._orig_mod.", 1): value for key, value in state.items()}
         (tmp_path / name).mkdir()
@@ -183,7 +211,19 @@ def test_wrappers_and_old_buffers_do_not_matter(tmp_path: Path) -> None:
         same(weights, checkpoint.weights())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox-tied"])
+def test_the_older_name_of_a_head(name: str, tmp_path: Path) -> None:
+    checkpoint = tiny(name)
+    base, state, inner = base_of(checkpoint, tmp_path), checkpoint.state_dict(), "memory_cell.model."
+    head = state.pop(inner + "lm_head.weight")
+    path = save_flat(tmp_path / "w.pth", {**state, inner + "embed_out.weight": head})
+    same(load(path, base=base, segment_size=S)[1], checkpoint.weights())
+    both = {**state, inner + "embed_out.weight": head, inner + "lm_head.weight": head + 1}
+    with pytest.raises(CheckpointError, match=r"different: embed_out.weight and lm_head.weight"):
+        load(save_flat(tmp_path / "both.pth", both), base=base, segment_size=S)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "roberta"])
 def test_a_tokenizer_json_is_made_from_older_files(name: str, tmp_path: Path) -> None:
     checkpoint = tiny(name)
     base = base_of(checkpoint, tmp_path, tokenizer="slow")
@@ -281,6 +321,9 @@ LORA = [
     ("llama", r".*\.[qv]_proj", "", False),
     ("llama-tied", r".*\.(q|down)_proj", "", True),
     ("bert", r".*\.(query|value)", "classifier", False),
+    ("gpt_neox", r".*\.query_key_value", "", False),
+    ("qwen3", r".*\.[qkvo]_proj", "lm_head", False),
+    ("roberta", r".*\.(query|value)", r"classifier\.\w+", True),
 ]
 
 
@@ -430,6 +473,51 @@ def test_a_base_that_is_not_the_backbone(files: tuple[Path, Path], tmp_path: Pat
         load(save_flat(tmp_path / "m.pth", moved), base=save_base(tmp_path / "c", bert), segment_size=S)
 
 
+def test_names_shared_by_two_backbones_follow_the_base(tmp_path: Path) -> None:
+    llama, mistral = tiny("llama"), tiny("mistral")
+    for owner, base in ((llama, mistral), (mistral, llama), (llama, llama)):
+        path = save_flat(tmp_path / "w.pth", owner.state_dict())
+        config, weights = load(path, base=save_base(tmp_path / base.model_type, base), segment_size=S)
+        assert config.model_type == base.model_type
+        same(weights, owner.weights())
+    bases = {name: save_base(tmp_path / name, tiny(name)) for name in ("llama", "qwen2", "qwen3", "bert")}
+    for name, base_name, words in (
+        ("qwen2", "llama", r"tied in the config|stray: .*q_proj.bias"),
+        ("qwen3", "llama", r"wraps a qwen3 model, but .* is the folder of a llama"),
+        ("llama", "qwen2", r"wraps a llama or mistral model, but .* is the folder of a qwen2"),
+        ("roberta", "bert", r"wraps a roberta model, but .* is the folder of a bert"),
+    ):
+        path = save_flat(tmp_path / "w.pth", tiny(name).state_dict())
+        with pytest.raises(CheckpointError, match=words):
+            load(path, base=bases[base_name], segment_size=S)
+
+
+def test_what_bounds_the_rows_of_a_segment(tmp_path: Path) -> None:
+    """Each limit is the last one at which the engine still computes what the backbone does."""
+
+    def base_and_file(name: str, **config: Any) -> dict[str, Path]:
+        path = save_flat(tmp_path / "w.pth", tiny(name).state_dict())
+        return {"path": path, "base": save_base(tmp_path / name, tiny(name), **config)}
+
+    window = base_and_file("mistral")
+    assert load(**window, segment_size=S)[0].max_positions == S + 8
+    with pytest.raises(
+        ValueError, match=rf"^segment_size={S + 1} does not fit sliding_window={S + 8} with 2×4 .* most {S}$"
+    ):
+        load(**window, segment_size=S + 1)
+    assert load(**base_and_file("mistral", sliding_window=None), segment_size=S)[0].max_positions == 128
+    assert load(**base_and_file("qwen2", sliding_window=9), segment_size=S)[0].max_positions == 128
+    sliding = {"use_sliding_window": True, "sliding_window": 25, "max_window_layers": 1, "layer_types": None}
+    assert load(**base_and_file("qwen3", **sliding), segment_size=S)[0].max_positions == 25
+    assert load(**base_and_file("qwen3", **sliding | {"max_window_layers": 2}), segment_size=S)[0].max_positions == 128
+    encoder = base_and_file("roberta")
+    assert load(**encoder, segment_size=55)[0].max_positions == 62
+    with pytest.raises(ValueError, match=r"does not fit max_position_embeddings-pad_token_id-1=62 with 4 .* most 55$"):
+        load(**encoder, segment_size=56)
+    with pytest.raises(CheckpointError, match=r"is not a whole config: TypeError"):
+        load(**base_and_file("roberta", pad_token_id=None), segment_size=S)
+
+
 def test_code_in_a_base_is_never_run(files: tuple[Path, Path], tmp_path: Path) -> None:
     path, _ = files
     marker = tmp_path / "ran"
@@ -491,7 +579,7 @@ def test_other_families_are_recognised_and_refused(tmp_path: Path) -> None:
         "without a sequence classifier": {name: t for name, t in bert.items() if "classifier" not in name},
         "plain backbone without memory tokens": inner,
         "encoder RMT, but not on bert or roberta": {"mem_token_ids": torch.arange(2), "model.deberta.x": one},
-        r"none of gpt2, llama, .*; its names begin with rwkv.x": {
+        r"none of gpt2, gpt_neox, llama, .*, roberta; its names begin with rwkv.x": {
             "memory_cell.memory": one,
             "memory_cell.model.rwkv.x": one,
         },
@@ -541,6 +629,26 @@ def test_one_error_names_everything(files: tuple[Path, Path], tmp_path: Path) ->
         "tied in the config but different: lm_head.weight and transformer.wte.weight",
     ):
         assert words in text, text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_of_every_backbone_that_do_not_fit(name: str, tmp_path: Path) -> None:
+    checkpoint = tiny(name)
+    base, state = base_of(checkpoint, tmp_path, tokenizer="none"), checkpoint.state_dict()
+    prefix = "model." if name in ENCODERS else "memory_cell.model."
+    layers = [key.removeprefix(prefix) for key in state if re.search(r"\.1\..*(?<!classifier)\.(weight|bias)$", key)]
+    assert len(layers) >= 9
+    for gone in layers:
+        lost = {key: t for key, t in state.items() if key != prefix + gone}
+        with pytest.raises(CheckpointError, match=rf"does not fit its config\. missing: {re.escape(gone)}$"):
+            load(save_flat(tmp_path / "w.pth", lost), base=base, segment_size=S)
+    wide = torch.ones(*(size + 1 for size in state[prefix + layers[0]].shape))
+    bad = {**state, prefix + layers[0]: wide, prefix + layers[1] + ".extra": torch.ones(2)}
+    with pytest.raises(CheckpointError) as caught:
+        load(save_flat(tmp_path / "w.pth", bad), base=base, segment_size=S)
+    shape = list(state[prefix + layers[0]].shape)
+    assert f"stray: {layers[1]}.extra; " in str(caught.value)
+    assert f"wrong shape: {layers[0]} is {list(wide.shape)}, expected {shape}" in str(caught.value)
 
 
 def test_a_damaged_converted_folder(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -776,6 +884,16 @@ def test_inspect_says_how_to_go_on(files: tuple[Path, Path], tmp_path: Path) -> 
     done = inspect(tmp_path / "out")
     assert done["runs"] and done["segment_size"] == S and done["shapes"]["memory"] == [4, 32]
     assert re.search("no such file", inspect(tmp_path / "none.pth")["error"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inspect_names_every_backbone(name: str, tmp_path: Path) -> None:
+    checkpoint = tiny(name)
+    report = inspect(save_flat(tmp_path / "w.pth", checkpoint.state_dict()))
+    kind = "llama" if name == "mistral" else checkpoint.model_type
+    assert (report["error"], report["family"], report["model_type"]) == (None, checkpoint.family, kind)
+    assert checkpoint.model_type in report["missing"][0]
+    assert report["parameters"] == sum(t.numel() for t in checkpoint.weights().values())
 
 
 def test_a_config_with_odd_values_is_refused(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ FLOORS = (
         "asking",
         "document_lists",
         "documents",
+        "hf",
         "inputs",
         "results",
         "run",
@@ -59,7 +60,7 @@ FLOORS = (
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 KNOWS_NOBODY = {"rmt_kernels", "_C", "errors"}
 # Upward, inside a function or for a type checker alone: the methods of Engine that open what stands on it.
-LAZY = {("engine", name) for name in ("documents", "run", "slots", "stream")}
+LAZY = {("engine", name) for name in ("documents", "hf", "run", "slots", "stream")}
 
 
 def imports(node: ast.AST, package: str, lazy: bool = False) -> Iterator[tuple[str, bool]]:

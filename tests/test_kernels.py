@@ -15,7 +15,7 @@ from reference import ReferenceDecoder, ReferenceEncoder
 from rmt_kernels import cpu_linear, dispatch, linear_residual, lm_head, memory, norm_linear, segment_attention
 from rmt_kernels.checks import dims
 from rmt_kernels.memory import Embeddings, Frame
-from rmt_kernels.per_slot import Rows
+from rmt_kernels.per_slot import PerSlot, Rows
 from rmt_kernels.segment_attention import AttentionSpec, KVCache
 from rmt_kernels.weights import Linear, Norm
 from torch import Tensor
@@ -299,7 +299,10 @@ def test_a_memory_state_is_nobodys_view(norm: str, backend: str) -> None:
     write = memory.plan_write(random_norm(1, 12, norm), backend=backend)
     state = write(hidden[:, 4:7])
     assert difference(state, memory.plan_write(random_norm(1, 12, norm), backend="ref")(hidden[:, 4:7])) <= FP32
-    kept = state.clone()
+    kept, place = state.clone(), torch.full_like(state, float("nan"))
+    assert write(hidden[:, 4:7], out=place) is place and torch.equal(place, kept)
+    own = Rows(PerSlot(torch.tensor([4, 0], dtype=torch.int32)), 3)
+    assert torch.equal(write(hidden, own)[0], kept[0]) and torch.equal(write(hidden, own)[1:], write(hidden[1:, :3]))
     hidden.zero_()
     assert torch.equal(state, kept), "the state must outlive the segment's rows"
 
@@ -580,7 +583,8 @@ def test_dispatch_chooses_once_and_says_why_not(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match=r"^backend must be one of auto, ref, cpu, triton, cuda; got 'mps'$"):
         dispatch.choose("mps")
     with pytest.raises(
-        RuntimeError, match=r"^backend 'cuda' cannot run: no op is written for it yet; use one of auto,"
+        RuntimeError,
+        match=r"^backend 'cuda' cannot run: no CUDA C\+\+ kernel ships, .* use one of auto, ref, cpu, triton$",
     ):
         dispatch.choose("cuda", "cpu")
     with pytest.raises(RuntimeError, match=r"^backend 'cpu' cannot run on device 'cuda'; use backend='auto' or device"):

@@ -117,6 +117,29 @@ def test_a_wrong_length_is_another_text(kind: str, backend: str) -> None:
         assert difference(ours[1:, :8], theirs[1:, :8]) > 100 * TOLERANCE
 
 
+def check_replayed_decode(engine: Engine) -> None:
+    """A decode step that finds its place in a tensor, to which it adds: what a captured graph does at every replay."""
+    device, executor = engine.device.type, engine.executor
+    numbers = torch.tensor([9, 3], dtype=torch.int32, device=device)
+    ids, memory = texts([9, 3], 0, device), executor.initial_memory(2)
+    chosen = torch.tensor([[7], [11]], device=device)
+    _, caches = executor.prefill(ids, memory, 3, numbers)
+    plain = [executor.decode(chosen + step, caches) for step in range(3)]
+    _, caches = executor.prefill(ids, memory, 3, numbers)
+    filled = numbers + executor.layout.num_mem_tokens
+    for step in range(3):
+        for cache in caches:
+            cache.length = PerSlot(filled)  # as it was when the step was captured
+        assert torch.equal(executor.decode(chosen + step, caches), plain[step])
+        filled.add_(1)
+
+
+@pytest.mark.parametrize("backend", ["ref", "cpu"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_decode_step_can_be_replayed(kind: str, backend: str) -> None:
+    check_replayed_decode(engine_of(kind, backend))
+
+
 def test_lengths_that_cannot_be_are_refused() -> None:
     executor = engine_of("gpt2", "cpu").executor
     ids, memory = texts([4, 4], 0, "cpu"), executor.initial_memory(2)

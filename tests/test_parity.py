@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,11 +12,13 @@ from checkpoints_for_tests import SPECIAL, TinyCheckpoint, tiny_decoder, tiny_en
 from torch import Tensor
 
 from rmt_engine.engine import Engine
+from rmt_engine.errors import CheckpointError
 
 SEGMENT = 20
 BACKENDS = ["ref", "cpu"]
 # half of a head's elements turn, not the usual quarter
-ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}}
+ROPE = {"rope_type": "default", "rope_theta": 1000.0}
+ROTARY = {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}
 DECODERS: dict[str, dict[str, Any]] = {
     "gpt2": {"tied": True},
     "gpt2-untied": {"tied": False},
@@ -149,6 +152,47 @@ def test_the_encoder_drops_special_ids_from_the_content() -> None:
     ours = engine.forward(mixed[None]).logits[0]
     assert difference(ours, logits[-1]) <= 1e-5
     assert torch.equal(ours, engine.forward(clean[None]).logits[0])
+
+
+def test_roberta_keeps_the_ids_that_serve_two_purposes() -> None:
+    checkpoint = tiny("roberta")
+    engine, reference = engine_of(checkpoint, "cpu"), checkpoint.reference(SEGMENT)
+    own, text = checkpoint.special, random_ids(checkpoint, 50)
+    mixed = torch.cat([torch.tensor([own.cls, own.pad]), text[:30], torch.tensor([own.sep, own.pad]), text[30:]])
+    kept = mixed[mixed != own.pad]
+    assert len(kept) == len(text) + 2
+    ours = engine.forward(mixed[None]).logits[0]
+    assert difference(ours, reference.forward(mixed)[0][-1]) <= 1e-5
+    assert torch.equal(ours, engine.forward(kept[None]).logits[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "words"),
+    [
+        ("gpt_neox", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.4}}, "turns 3 of 8 elements of a head"),
+        ("gpt_neox", {"hidden_act": "silu"}, "hidden_act='silu'; this engine runs 'gelu', 'gelu_new'"),
+        ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'; this engine runs"),
+        ("mistral", {"hidden_act": "gelu"}, "hidden_act='gelu'; this engine runs 'silu'"),
+        ("roberta", {"is_decoder": True}, "is_decoder=True; this engine runs False"),
+    ],
+)
+def test_a_config_that_cannot_run_is_refused(kind: str, config: dict[str, Any], words: str) -> None:
+    checkpoint = tiny(kind)
+    asked = replace(checkpoint.rmt_config(SEGMENT), backbone={**checkpoint.backbone, **config})
+    with pytest.raises(CheckpointError, match=words):
+        Engine.from_weights(asked, checkpoint.weights(), device="cpu", backend="ref")
+
+
+def test_a_row_beyond_the_sliding_window_would_differ() -> None:
+    """The window that the config admits is the last one at which full attention is the backbone's own."""
+    for window, same in ((SEGMENT + 8, True), (SEGMENT + 7, False)):
+        checkpoint = tiny_decoder("mistral", noise="all", sliding_window=window)
+        full = replace(checkpoint.rmt_config(12), backbone={**checkpoint.backbone, "sliding_window": None})
+        config = replace(full, segment_size=SEGMENT)
+        engine = Engine.from_weights(config, checkpoint.weights(), device="cpu", backend="ref")
+        ids = random_ids(checkpoint, SEGMENT)
+        _, (truth,) = checkpoint.reference(SEGMENT).forward(ids)
+        assert (difference(engine.forward(ids[None], output="none").memory_state[0], truth) <= 1e-5) == same
 
 
 def test_memory_states_can_be_carried_on() -> None:

@@ -10,6 +10,7 @@ import importlib
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from checkpoints_for_tests import tiny_decoder, tiny_encoder
 from rmt_kernels import (
+    configs,
     dispatch,
     head_norm,
     linear_residual,
@@ -29,6 +31,7 @@ from rmt_kernels import (
     triton_linear,
 )
 from rmt_kernels.memory import Embeddings, Frame
+from rmt_kernels.per_slot import PerSlot, Rows
 from rmt_kernels.segment_attention import AttentionSpec, KVCache
 from rmt_kernels.weights import Linear, Norm
 from test_kernels import (
@@ -51,6 +54,7 @@ from test_kernels import (
 )
 from test_kernels import random as random_on_cpu
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rmt_engine.engine import Engine
 from rmt_engine.sampling import generate
@@ -145,6 +149,69 @@ def test_linear_residual(sizes: dict[str, int], norm: str, dtype: torch.dtype) -
         assert torch.equal(x, kept[0]) and torch.equal(wide, kept[1])
 
 
+def through_descriptors(monkeypatch: pytest.MonkeyPatch, call: Any) -> tuple[Tensor, Tensor, int]:
+    """What a call gives on Hopper's configurations, the same through pointers, and how many descriptors it made."""
+    made: list[Any] = []
+
+    def descriptor(*args: Any) -> Any:
+        made.append(TensorDescriptor(*args))
+        return made[-1]
+
+    arch = "sm_90" if INTERPRETED else configs.arch_of(torch.device(DEVICE))
+    with configs.assume(arch), monkeypatch.context() as patch:
+        patch.setattr(triton_linear, "TensorDescriptor", descriptor)
+        by_descriptor = call()
+        for key, config in configs.LINEAR.items():
+            patch.setitem(configs.LINEAR, key, replace(config, tma=False))
+        count = len(made)
+        by_pointer = call()
+        assert len(made) == count
+    return by_descriptor, by_pointer, count
+
+
+@pytest.mark.skipif(not INTERPRETED and torch.cuda.get_device_capability() < (9, 0), reason="no TMA before sm_90")
+@pytest.mark.parametrize(
+    "sizes, norm, activation, count",
+    [
+        (named(B=2, T=21, K=72, N=44).values[0], "layer", "gelu", 2),  # rows and K end inside a tile, and so does N
+        (named(B=1, T=70, K=136, N=72).values[0], "rms", "swiglu", 2),
+        (named(B=2, T=5, K=1096, N=40).values[0], "none", "none", 2),
+        (named(B=1, T=20, K=33, N=40).values[0], "none", "none", 0),  # rows that start anywhere
+    ],
+    ids=str,
+)
+def test_tiles_through_descriptors(sizes: Any, norm: str, activation: Any, count: int, monkeypatch: Any) -> None:
+    b, t, k, n = sizes.values()
+    x = random(0, b, t, k, dtype=LOW)
+    layer, first = placed(random_linear(1, k, n), LOW), placed(random_norm(5, k, norm), LOW)
+    ref, ours = both(norm_linear.plan, layer, first, activation)
+    by_descriptor, by_pointer, made = through_descriptors(monkeypatch, lambda: ours(x))
+    assert made == count
+    assert_close(by_descriptor, ref(x))
+    assert torch.equal(by_descriptor, by_pointer) or not INTERPRETED
+    if norm == activation == "none" and count:  # programs that share a tile's inputs
+        residual = random(7, b, t, n, dtype=LOW)
+        ref, ours = both(linear_residual.plan, layer)
+        by_descriptor, by_pointer, made = through_descriptors(monkeypatch, lambda: ours(x, residual))
+        assert made == count
+        assert_close(by_descriptor, ref(x, residual))
+    windowed = random(8, b, 2 * t, k, dtype=LOW)[:, t // 2 : t // 2 + t]  # in slots apart rows are no matrix
+    made = through_descriptors(monkeypatch, lambda: norm_linear.plan(layer, backend="triton")(windowed))[2]
+    assert made == (0 if not count else 1 if b > 1 else 2)
+
+
+@pytest.mark.skipif(not INTERPRETED and torch.cuda.get_device_capability() < (9, 0), reason="no TMA before sm_90")
+def test_a_head_through_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, targets = random(0, 1, 21, 72, dtype=LOW), torch.arange(21, device=DEVICE)[None] * 7
+    layer, final = placed(random_linear(1, 72, 271), LOW), placed(random_norm(5, 72, "layer"), LOW)
+    for plan, args in ((lm_head.plan, (hidden,)), (lm_head.plan_nll, (hidden, targets))):
+        ref, ours = both(plan, layer, final)
+        by_descriptor, by_pointer, made = through_descriptors(monkeypatch, lambda ours=ours, args=args: ours(*args))
+        truth = ref(*args)
+        assert made == 2 and (torch.equal(by_descriptor, by_pointer) or not INTERPRETED)
+        assert float((by_descriptor - truth).abs().max() / truth.abs().max()) <= TOLERANCE[LOW]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("sizes", [named(B=2, R=1, K=60, V=271), named(B=1, R=21, K=32, V=97)])
@@ -218,6 +285,26 @@ def test_a_few_rows_over_many_keys_share_them(causal: bool) -> None:
         assert_close(ours(window, k, v, length=600, start=start), ref(q, k, v, length=600)[:, start : start + rows])
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
+def test_a_few_rows_of_the_longest_segment(causal: bool) -> None:
+    """4096 keys, and beside it a slot with few of them: its other parts have no weight."""
+    sizes = {"B": 2, "T": 4096, "H": 1, "Hkv": 1, "D": 16}
+    spec = on_device(spec_of(sizes, causal, rope=False))
+    ref, ours = both(segment_attention.plan, spec)
+    q, k, v = placed(random_qkv(sizes))
+    lengths = torch.tensor([4096, 300], dtype=torch.int32, device=DEVICE)
+    window = {"length": PerSlot(lengths), "start": PerSlot(lengths, -7)}
+    assert_close(ours(q[:, :7], k, v, **window), ref(q[:, :7], k, v, **window))
+
+
+def test_a_tile_of_rows_of_the_longest_segment() -> None:
+    sizes = {"B": 1, "T": 4096, "H": 1, "Hkv": 1, "D": 32}
+    ref, ours = both(segment_attention.plan, on_device(spec_of(sizes, causal=True, rope=False)))
+    q, k, v = placed(random_qkv(sizes), LOW)
+    window = {"length": 4096, "start": 4096 - 40}
+    assert_close(ours(q[:, :40], k, v, **window), ref(q[:, :40], k, v, **window))
+
+
 def on_device(spec: AttentionSpec) -> AttentionSpec:
     return AttentionSpec(spec.heads, spec.kv_heads, spec.head_dim, spec.causal, spec.scale, placed(spec.rope))
 
@@ -245,6 +332,30 @@ def test_attention_through_a_cache(sizes: dict[str, int], rope: bool, dtype: tor
         assert cache.length == place
     for table in (cache.keys, cache.values):
         assert table[:, :, :place].isfinite().all() and table[:, :, place:].isnan().all()
+
+
+@pytest.mark.parametrize("rope", [False, True], ids=["plain", "rope"])
+def test_each_slot_fills_its_own_cache(rope: bool) -> None:
+    """A prefill of different lengths, then rows whose place is a tensor that is added to, as in a replayed graph."""
+    sizes = {"B": 2, "T": 12, "H": 4, "Hkv": 2, "D": 10}
+    spec = on_device(spec_of(sizes, causal=True, rope=rope))
+    ref, attend = both(segment_attention.plan, spec)
+    q, k, v = placed(random_qkv(sizes))
+    numbers = [9, 4]
+    lengths = torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+    cache = KVCache(*(torch.full((2, 2, 11, 10), float("nan"), device=DEVICE) for _ in "kv"))
+    out = attend(q, k, v, length=PerSlot(lengths), cache=cache)
+    for step in range(3):
+        truth = [ref(*(part[b : b + 1, :n] for part in (q, k, v)), length=n)[0] for b, n in enumerate(numbers)]
+        for b, n in enumerate(numbers):
+            assert_close(out[b, :n] if not step else out[b], truth[b] if not step else truth[b][n - 1 :])
+        cache.length = PerSlot(lengths)  # as it was when the step was captured
+        now = Rows(PerSlot(lengths), 1)
+        if step < 2:
+            out = attend(now.of(q), now.of(k), now.of(v), length=1, cache=cache)
+            numbers = [n + 1 for n in numbers]
+            lengths.add_(1)
+    assert cache.keys[0].isfinite().all() and cache.keys[1, :, 6:].isnan().all()
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -309,7 +420,11 @@ def test_memory(sizes: dict[str, int], positions: bool, norm: str, dtype: torch.
     ref, ours = both(memory.plan_write, placed(random_norm(4, e, norm), dtype))
     written = ours(hidden[:, 4 : 4 + m])
     assert_close(written, ref(hidden[:, 4 : 4 + m]))
-    kept = written.clone()
+    kept, place = written.clone(), torch.full_like(written, float("nan"))
+    own = Rows(PerSlot(torch.arange(b, dtype=torch.int32, device=DEVICE), 3), m)
+    assert ours(hidden, own, place) is place and torch.equal(
+        place, torch.cat([ours(hidden[i:, 3 + i : 3 + i + m])[:1] for i in range(b)])
+    )
     hidden.zero_()
     assert torch.equal(written, kept), "the state must outlive the segment's rows"
 
@@ -343,6 +458,20 @@ def test_error_rule_of_attention(causal: bool) -> None:
         heads = (part.unflatten(-1, (-1, 32)).transpose(1, 2) for part in (q, k, v))
         plain = F.scaled_dot_product_attention(*heads, is_causal=causal, scale=spec.scale)
         return error(ours, truth), error(plain.transpose(1, 2).flatten(2), truth)
+
+    check_error_rule(error_of)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_error_rule_of_a_head(norm: str) -> None:
+    """Rows normalized as they are read."""
+
+    def error_of(seed: int) -> tuple[float, float]:
+        layer, final = placed(random_linear(seed, 96, 64), LOW), placed(random_norm(seed + 50, 96, norm), LOW)
+        hidden = random(seed + 100, 1, 20, 96, dtype=LOW) + 0.5
+        truth = lm_head.plan(widened(layer), widened_norm(final), backend="ref")(hidden.float())
+        ours = lm_head.plan(layer, final, backend="triton")(hidden)
+        return error(ours, truth), error(F.linear(plain_norm(hidden, final), layer.weight, layer.bias), truth)
 
     check_error_rule(error_of)
 

@@ -74,7 +74,7 @@ def run(count: int, seed: int, wrap: Wrap = lambda executor: executor, *, fixed:
 
 def ids_of(rng: random.Random, engine: Engine) -> np.ndarray:
     length = rng.choice((rng.randrange(1, SEGMENT), SEGMENT, 3 * SEGMENT, rng.randrange(1, 6 * SEGMENT)))
-    return np.random.default_rng(rng.randrange(2**32)).integers(0, engine.vocab_size, length)
+    return np.random.default_rng(rng.randrange(2**32)).integers(5, engine.vocab_size, length)  # none that are dropped
 
 
 def bits_of(result: DocumentResult) -> Any:
