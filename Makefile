@@ -23,7 +23,7 @@ has_headers = -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + 
 has_compiler = set -- $${CXX:-g++} && command -v "$$1"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-gpu test-gpu-sanitize kernels-report test-native test-native-sanitize campaign lint format clean
+.PHONY: help setup run test test-gpu test-gpu-sanitize kernels-report bench figures test-native test-native-sanitize campaign lint format clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,18 @@ test-native: ## Run the C++ tests alone; SANITIZE=address,undefined or SANITIZE=
 test-native-sanitize: setup ## Run the C++ tests and the extension's Python tests under ASan, UBSan and TSan
 	for sanitizer in address,undefined thread; do \
 	  OMP_NUM_THREADS=1 $(MAKE) -C csrc test test-module SANITIZE=$$sanitizer PYTHON='$(ABSOLUTE_PY)' || exit 1; done
+
+# The suite's own models are small: one thread. -p no:cacheprovider: nothing is left beside the sources.
+SUITE := benchmarks/bench_ops.py benchmarks/bench_segment.py benchmarks/bench_stream.py
+bench: setup ## Run the CPU benchmarks, compare with the committed ones; ARGS='-k stream' runs some
+	@mkdir -p build
+	OMP_NUM_THREADS=1 $(PY) -m pytest -p no:cacheprovider $(SUITE) --benchmark-json build/bench.json \
+	  --benchmark-max-time=0.5 --benchmark-columns=min,median,rounds $(ARGS)
+	$(PY) benchmarks/compare.py build/bench.json $(if $(ARGS),--some)
+
+figures: setup ## Draw the figures of README and docs from the committed results
+	@$(PY) -c 'import matplotlib' 2>/dev/null || $(PY) -m pip install -q --disable-pip-version-check 'matplotlib>=3.8'
+	$(PY) benchmarks/figures.py
 
 campaign: setup ## Damage files, kill runs and fail disks at full count; ARGS='states --count 500 --seed 7' chooses
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) -m campaign $(ARGS)
