@@ -4,8 +4,8 @@ A target is one full segment of a document. For each column the memory starts fr
 segments, those just before the target; then the target's tokens are scored. Their first one is left out: only the rows
 inside the target predict the rest, so columns differ in the memory state and in nothing else.
 
-Two controls read as much and must show nothing: `reset`, the memory put back to its initial state before the target,
-and `other`, the memory that the column gave to another target, of another text or of another place.
+Two controls read as much: `reset`, the memory put back to its initial state before the target, which must show nothing,
+and `other`, the memory that the column gave to another target, of another text or place: what the kind of text gains.
 """
 
 from __future__ import annotations
