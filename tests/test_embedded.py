@@ -8,7 +8,8 @@ import pytest
 
 from rmt_engine import Engine
 from rmt_engine.engine import EMBEDDED
-from rmt_engine.evaluation.noise import Noise, noise_text
+from rmt_engine.evaluation import retrieval, texts
+from rmt_engine.evaluation.noise import Noise
 from rmt_engine.evaluation.retrieval import Plan, Settings, evaluate
 
 FOLDERS = sorted(path for path in EMBEDDED.parent.iterdir() if path.is_dir())
@@ -29,7 +30,8 @@ def test_each_has_a_card_that_says_how_it_was_made_and_measured(folder: Path) ->
 
 def test_the_embedded_encoder_classifies() -> None:
     engine = Engine.from_pretrained(EMBEDDED.parent / "encoder", device="cpu", dtype="float32")
-    noise = Noise(noise_text()[:300_000], engine.tokenizer)
+    unseen = "".join(Path(str(module.__file__)).read_text() for module in (retrieval, texts))
+    noise = Noise(unseen, engine.tokenizer)
     settings = Settings(lengths=[117, 2340], trials=6, seed=1)
     cells = list(evaluate(Plan(engine, noise, settings), slots=6))
     assert [(cell.task, cell.segments) for cell in cells] == [
