@@ -5,9 +5,9 @@
 FLOPs are those of the matrix products (`rmt_kernels.cost_model`), the LM head left out on both sides. Seconds are
 measured: the engine at every length, full attention (the Hugging Face modules with a KV cache, `baselines.py`) as long
 as the next length would stay below `--limit` seconds. Beyond, its seconds are what the cost model makes of the last
-measured length, marked `"seconds_by": "model"`. The engine's are the median block of 16 segments times their number,
-the lengths read in turn, `--repeats` times; those of full attention the best of the repeats. Before anything is timed,
-memory state and logits are compared with those of the Hugging Face modules.
+measured length, marked `"seconds_by": "model"`. The engine's are the median block of 16 segments times their number, a
+block of each length in turn; those of full attention the best of `--repeats`. Before anything is timed, memory state
+and logits are compared with those of the Hugging Face modules.
 
 FLOPs and seconds per token are flat where the largest is within 5 % of the smallest; else the exit code is 1.
 """
@@ -37,7 +37,6 @@ from rmt_engine.config import RMTConfig
 from rmt_engine.engine import EMBEDDED
 
 BLOCK = 16  # segments that are timed together
-FEWEST = 256  # segments that each length is timed over, in each repeat
 FLAT = 0.05  # of seconds and FLOPs per token, from the shortest to the longest text
 TOLERANCE = 1e-3
 Weights = dict[str, Tensor]
@@ -88,31 +87,39 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def time_recurrent(engine: Engine, lengths: list[int], repeats: int) -> dict[int, float]:
-    """Seconds of each number of segments: as many times the median block of them, the lengths read in turn."""
+class Reader:
+    """One length, read block by block; a text that is at its end begins again."""
+
+    def __init__(self, engine: Engine, ids: Tensor, segments: int):
+        self.engine, self.ids, self.segments = engine, ids, segments
+        self.position = 0
+        self.memory = engine.initial_memory()
+        self.times: list[float] = []  # seconds of a segment, one for each block
+
+    def read_block(self) -> None:
+        if self.position == self.segments:
+            self.position, self.memory = 0, self.engine.initial_memory()
+        count = min(BLOCK, self.segments - self.position)
+        self.times.append(seconds_of(partial(self._fold, count), self.engine.device) / count)
+        self.position += count
+
+    def _fold(self, count: int) -> None:
+        for _ in range(count):  # one segment again and again: what it says changes nothing in the time
+            self.memory = self.engine.executor.fold(self.ids, self.memory)
+
+
+def time_recurrent(engine: Engine, lengths: list[int]) -> dict[int, float]:
+    """Seconds of each number of segments: as many times the median block of them.
+
+    A block of each length in turn, until the longest is read: whatever else the machine does, it does to all of them.
+    """
     ids = random_ids(engine, engine.config.segment_size)
-    blocks: dict[int, list[float]] = {segments: [] for segments in lengths}
-    read_blocks(engine, ids, BLOCK)
-    for _ in range(repeats):
-        for segments in lengths:
-            for _ in range(max(FEWEST // segments, 1)):  # a short text is read often enough for a median
-                blocks[segments] += read_blocks(engine, ids, segments)
-    return {segments: statistics.median(times) * segments for segments, times in blocks.items()}
-
-
-def read_blocks(engine: Engine, ids: Tensor, segments: int) -> list[float]:
-    """Reads a text of so many segments from its start; the seconds of a segment in each block of them."""
-    memory, times = engine.initial_memory(), []
-    for start in range(0, segments, BLOCK):
-        count = min(BLOCK, segments - start)
-
-        def block(count: int = count) -> None:
-            nonlocal memory
-            for _ in range(count):  # one segment again and again: what it says changes nothing in the time
-                memory = engine.executor.fold(ids, memory)
-
-        times.append(seconds_of(block, engine.device) / count)
-    return times
+    readers = [Reader(engine, ids, segments) for segments in lengths]
+    Reader(engine, ids, BLOCK).read_block()  # warms up
+    for _ in range(-(-max(lengths) // BLOCK)):
+        for reader in readers:
+            reader.read_block()
+    return {reader.segments: statistics.median(reader.times) * reader.segments for reader in readers}
 
 
 def time_full(engine: Engine, weights: Weights, lengths: list[int], limit: float, repeats: int) -> dict[int, float]:
@@ -163,7 +170,7 @@ def measure(engine: Engine, weights: Weights, lengths: list[int], limit: float, 
     state = engine.executor.initial.numel() * 4
     recurrent = [
         Row(n * size, recurrent_flops(config, n), seconds, "measured", state)
-        for n, seconds in time_recurrent(engine, lengths, repeats).items()
+        for n, seconds in time_recurrent(engine, lengths).items()
     ]
     timed = time_full(engine, weights, lengths, limit, repeats)
     longest = max(timed)

@@ -32,10 +32,7 @@ def test_both_sides_are_checked_before_they_are_timed(engine: Engine, weights: c
         compute.check(engine, wrong)
 
 
-def test_lengths_beyond_the_limit_are_marked(
-    engine: Engine, weights: compute.Weights, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compute, "FEWEST", 4)
+def test_lengths_beyond_the_limit_are_marked(engine: Engine, weights: compute.Weights) -> None:
     rows = compute.measure(engine, weights, [2, 4, 8], limit=0.0, repeats=1)
     assert [row.by for row in rows["recurrent"]] == ["measured"] * 3
     assert [row.by for row in rows["full_attention"]] == ["measured", "model", "model"]
