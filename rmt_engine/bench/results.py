@@ -22,7 +22,8 @@ class Result:
     """One reader's times in one row; one entry of each list a repetition.
 
     error: relative difference from the truth that the check found; floor: seconds of one repetition at least; memory:
-    bytes at the peak. Unless it is `measured` there are no seconds, and `reason` says why.
+    bytes at the peak; holds: bytes that grow with the text and are held at its end at least, by the shapes. Unless it
+    is `measured` there are no seconds, and `reason` says why.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Result:
     memory: int | None = None
     error: float | None = None
     floor: float | None = None
+    holds: int = 0
 
     @property
     def median(self) -> float | None:

@@ -105,6 +105,7 @@ class Session:
         for result in row.results:
             full = result.name == "full-attention"
             result.floor = (self.floors.full_attention if full else self.floors.stream)(tokens, batch)
+            result.holds = self._bytes(result.name, tokens, batch)
             if limits.memory and result.seconds:
                 result.memory = peak_memory(self.setup, result.name, batch, tokens)
         return row
