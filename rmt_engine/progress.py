@@ -38,8 +38,8 @@ def finish(events: Generator[Event, None, None], title: str) -> Summary:
 
 
 @contextmanager
-def counting(total: int, title: str) -> Iterator[Callable[[int], None]]:
-    """A bar over `total` tokens; gives the function that is told of each step's tokens."""
+def counting(total: int | None, title: str) -> Iterator[Callable[[int], None]]:
+    """A bar over `total` tokens (None: not known); gives the function that is told of each step's tokens."""
     if not sys.stderr.isatty():
         yield lambda tokens: None
         return
