@@ -135,7 +135,9 @@ def test_greedy_generate_gives_the_same_tokens(kind: str, backend: str, noise: s
 
     checkpoint = tiny(kind, noise)
     reference, engine = checkpoint.reference(SEGMENT), engine_of(checkpoint, backend)
-    for length in LENGTHS:
+    for length in (
+        LENGTHS if kind in ("gpt2", "llama") else LENGTHS[::3]
+    ):  # borders are the stream's, not the backbone's
         ids = random_ids(checkpoint, length, seed=9)
         stream = engine.stream()
         stream.feed(ids)

@@ -18,6 +18,7 @@ IGNORED = (r"roberta\.embeddings\.(position_ids|token_type_ids)",)
 def parameter_shapes(config: Mapping[str, Any]) -> Shapes:
     """Names and shapes of a RobertaForSequenceClassification's parameters, memory rows not among the embeddings."""
     width = config["hidden_size"]
+    first_position(config)  # a config without it is not whole
     shapes = encoder_shapes(config, "roberta.")
     for name, rows in (("classifier.dense", width), ("classifier.out_proj", num_labels(config))):
         shapes |= {f"{name}.weight": (rows, width), f"{name}.bias": (rows,)}
