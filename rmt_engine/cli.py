@@ -158,7 +158,7 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     machine.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     machine.add_argument("--backend", default="auto", choices=("auto", "ref", "cpu", "triton", "cuda"))
-    machine.add_argument("--executor", default="auto", choices=("auto", "eager"))
+    machine.add_argument("--executor", default="auto", choices=("auto", "eager", "graph"))
 
 
 def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

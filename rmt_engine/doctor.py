@@ -19,6 +19,7 @@ from rmt_engine import _C, checkpoint
 from rmt_engine.checkpoint.loading import is_converted
 from rmt_engine.config import RMTConfig
 from rmt_engine.memory_plan import plan_memory
+from rmt_engine.recording import why_no_graphs
 
 PACKAGES = ("rmt-engine", "torch", "numpy", "tokenizers", "safetensors", "transformers", "huggingface_hub", "triton")
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
@@ -41,7 +42,7 @@ def examine() -> dict[str, Any]:
         "memory": system_memory(),
         "gpu": gpus(),
         "backends": backends(),
-        "executors": {"eager": _verdict(None), "graph": _verdict("no graph executor is written yet; use eager")},
+        "executors": {"eager": _verdict(None), "graph": _verdict(why_no_graphs(_device()))},
         "formats": formats(),
     }
 
@@ -113,7 +114,7 @@ def gpus() -> dict[str, Any]:
 
 def backends() -> Runs:
     """On this machine's device: the GPU where there is one; `cpu` is asked about the CPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device().type
     found = {}
     for name in dispatch.BACKENDS:
         if name == "auto":
@@ -124,6 +125,11 @@ def backends() -> Runs:
         except RuntimeError as error:
             found[name] = _verdict(str(error).partition("cannot run: ")[2] or str(error))
     return found
+
+
+def _device() -> torch.device:
+    """That of `device="auto"`."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def formats() -> Runs:

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from rmt_engine import checkpoint
 from rmt_engine.backbones import module_of
+from rmt_engine.backbones.common import Backbone
 from rmt_engine.config import RMTConfig
 from rmt_engine.errors import BackendError, TokenizerError
 from rmt_engine.executors import EagerExecutor
+from rmt_engine.graph_executor import GraphExecutor
 from rmt_engine.layouts import Cut, drop
 from rmt_engine.memory import Origin, fingerprint
+from rmt_engine.recording import CudaRecorder, why_no_graphs
 from rmt_engine.tokens import Tokenizer
 
 if TYPE_CHECKING:
@@ -80,17 +83,17 @@ class Engine:
         """Loads a converted folder, the authors' files (with `base=`, `segment_size=`, …) or a hub id.
 
         None is the small checkpoint that ships inside the package. dtype: auto (float32 on a CPU, bfloat16 on a GPU),
-        float32, bfloat16, float16. Raises CheckpointError, BackendError, ValueError.
+        float32, bfloat16, float16. executor: eager runs op after op; graph replays captured CUDA graphs, with the same
+        bits; auto takes graphs where the Triton kernels run. Raises CheckpointError, BackendError, ValueError.
         """
-        if executor not in ("auto", "eager"):
-            raise ValueError(f"executor must be auto or eager; got {executor!r}")
         where = device_of(device)  # a mistake here is told before gigabytes are read
-        _backend(backend, where, dtype_of(dtype, where))
+        _executor_name(executor, where, _backend(backend, where, dtype_of(dtype, where)))
         path = EMBEDDED if path_or_name is None else path_or_name
         config, weights = checkpoint.load(path, **checkpoint_arguments)
         folder = checkpoint.tokenizer_folder(path, checkpoint_arguments.get("base"))
         tokenizer = None if folder is None else Tokenizer.from_folder(folder)
-        return cls.from_weights(config, weights, tokenizer, device=device, dtype=dtype, backend=backend)
+        choices = {"device": device, "dtype": dtype, "backend": backend, "executor": executor}
+        return cls.from_weights(config, weights, tokenizer, **choices)
 
     @classmethod
     def from_weights(
@@ -102,6 +105,7 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         backend: str = "auto",
+        executor: str = "auto",
     ) -> Engine:
         """An engine over tensors under their Hugging Face names, and `memory` [M, E]."""
         where = device_of(device)
@@ -109,7 +113,8 @@ class Engine:
         backend = _backend(backend, where, precision)
         placed = {name: tensor.to(where, precision) for name, tensor in weights.items()}
         backbone = module_of(config.model_type).build(config.backbone, placed, backend)
-        engine = cls(config, EagerExecutor(config, backbone, placed["memory"]), tokenizer, backend)
+        runs = _executor(executor, config, backbone, placed["memory"], backend)
+        engine = cls(config, runs, tokenizer, backend)
         engine._weights = weights
         return engine
 
@@ -323,6 +328,25 @@ def _even(rows: list[Tensor]) -> Tensor:
     if len(lengths) > 1:
         raise ValueError(f"the rows hold from {lengths[0]} to {lengths[-1]} tokens of content: give one row at a time")
     return torch.stack(rows)
+
+
+def _executor_name(executor: str, device: torch.device, backend: str) -> str:
+    """eager or graph. Raises ValueError, BackendError where graphs cannot run and were asked for."""
+    if executor not in ("auto", "eager", "graph"):
+        raise ValueError(f"executor must be auto, eager or graph; got {executor!r}")
+    if executor == "auto":
+        return "graph" if backend == "triton" and why_no_graphs(device) is None else "eager"
+    if executor == "graph" and (reason := why_no_graphs(device)):
+        raise BackendError(f"executor 'graph' cannot run: {reason}")
+    return executor
+
+
+def _executor(executor: str, config: RMTConfig, backbone: Backbone, memory: Tensor, backend: str) -> EagerExecutor:
+    """On a GPU both executors compute in the same shapes, so that their bits are the same."""
+    on_gpu = memory.device.type == "cuda"
+    if _executor_name(executor, memory.device, backend) == "eager":
+        return EagerExecutor(config, backbone, memory, fixed=on_gpu)
+    return GraphExecutor(config, backbone, memory, CudaRecorder(memory.device))
 
 
 def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
