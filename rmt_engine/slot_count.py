@@ -7,26 +7,32 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rmt_engine.layouts import padded
 from rmt_engine.memory_plan import plan_memory
 
 if TYPE_CHECKING:
     from rmt_engine.engine import Engine
 
-CPU_BATCH = 8  # rows of a batch on a CPU: more gain nothing, and the last document pays for all of them
-GPU_SLOTS = 64
+# Rows of a batch on a CPU. In fp32 it gains what its calls cost, and loses that again when its activations leave the
+# core's own cache: measured with the embedded checkpoint (docs/perf_log.md). In half precision calls weigh more.
+CPU_ROWS = {torch.float32: 256, torch.bfloat16: 1024, torch.float16: 1024}
+MOST_SLOTS = 64
 MEMORY_SHARE = 0.5  # of what is free
 GAIN = 0.97  # twice the slots must take less than this of the time per segment
 SECONDS = 2.0  # for measuring
 
 
 def batch_size(engine: Engine, slots: int) -> int:
-    """Rows of the batches that the segments of `slots` slots are folded in."""
-    return min(slots, CPU_BATCH) if engine.device.type == "cpu" else slots
+    """How many of `slots` slots are folded in one batch: by the sizes of the model alone, as bits depend on it."""
+    if engine.device.type != "cpu":
+        return slots
+    rows = padded(engine.config.segment_size + engine.config.overhead)
+    return min(slots, max(CPU_ROWS[engine.dtype] // rows, 1))
 
 
 def choose_slots(engine: Engine) -> int:
     """The fewest slots (a power of two) that fit half of the free memory and that doubling does not make faster."""
-    most = min(CPU_BATCH if engine.device.type == "cpu" else GPU_SLOTS, slots_that_fit(engine))
+    most = min(batch_size(engine, MOST_SLOTS), slots_that_fit(engine))
     chosen, best, spent, slots = 1, float("inf"), 0.0, 1
     while slots <= most and spent < SECONDS:
         seconds = step_seconds(engine, slots)
@@ -41,7 +47,7 @@ def slots_that_fit(engine: Engine) -> int:
     """At least 1."""
     free = free_bytes(engine.device)
     if free is None:
-        return GPU_SLOTS
+        return MOST_SLOTS
     plan = plan_memory(engine.config, engine.dtype, device=engine.device.type)
     return max(1, int(MEMORY_SHARE * free) // (plan.step + max(plan.score, plan.answer) + plan.state))
 

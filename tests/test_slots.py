@@ -16,11 +16,12 @@ import torch
 from test_stream import SEGMENT, TEXT, engine_of, memory_of, random_ids
 from torch import Tensor
 
-from rmt_engine import slots
+from rmt_engine import slot_count, slots
 from rmt_engine.documents import Document
 from rmt_engine.engine import Engine
 from rmt_engine.errors import InputError, NumericalError
 from rmt_engine.memory import MemoryState
+from rmt_engine.memory_plan import plan_memory
 from rmt_engine.slots import DocumentResult, SegmentBatch
 
 LENGTHS = [1, 3 * SEGMENT, 2 * SEGMENT + 7, SEGMENT - 1, SEGMENT, SEGMENT + 1, 9 * SEGMENT + 3, 5, 4 * SEGMENT, 70]
@@ -288,7 +289,7 @@ def test_bits_do_not_depend_on_the_neighbours() -> None:
     engine, rng = engine_of(), random.Random(0)
     mine = [random_ids(length, seed=9) for length in (3 * SEGMENT, 4 * SEGMENT + 7)]
     expected = None
-    for _ in range(10):
+    for _ in range(5):
         others = [random_ids(rng.randrange(1, 8 * SEGMENT), rng.randrange(99)) for _ in range(rng.randrange(12))]
         places = sorted(rng.sample(range(len(others) + 2), 2))
         for place, ids in zip(places, mine, strict=True):
@@ -297,3 +298,46 @@ def test_bits_do_not_depend_on_the_neighbours() -> None:
         bits = [picture(results[place])[1:] for place in places]
         expected = expected or bits
         assert bits == expected
+
+
+# ------------------------------------------------------------------------------------------- how many slots
+
+
+def test_the_batch_is_chosen_by_the_models_sizes() -> None:
+    engine = engine_of()
+    rows = 32  # 20 tokens and twice 4 memory tokens, padded
+    assert [slot_count.batch_size(engine, slots) for slots in (1, 5, 100)] == [1, 5, 256 // rows]
+
+
+@pytest.mark.parametrize(
+    "ms, expected",
+    [
+        ({1: 10, 2: 10, 4: 10, 8: 10}, 8),  # twice the slots for nothing, as long as there are any
+        ({1: 10, 2: 20}, 1),  # no gain
+        ({1: 10, 2: 12, 4: 23.9}, 2),
+        ({1: 3000, 2: 1}, 1),  # a model so large is not measured for long
+    ],
+)
+def test_slots_are_chosen_by_the_time_of_a_step(
+    ms: dict[int, float], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slot_count, "step_seconds", lambda engine, slots: ms[slots] / 1e3)
+    assert slot_count.choose_slots(engine_of()) == expected
+
+
+def test_slots_are_as_many_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of()
+    monkeypatch.setattr(slot_count, "step_seconds", lambda engine, slots: 1e-3)
+    plan = plan_memory(engine.config, engine.dtype)
+    one = plan.step + max(plan.score, plan.answer) + plan.state
+    for free, expected in ((None, 8), (10 * one, 4), (5 * one, 2), (one // 2, 1)):
+        monkeypatch.setattr(slot_count, "free_bytes", lambda device, free=free: free)
+        assert slot_count.choose_slots(engine) == expected
+
+
+def test_slots_are_measured_where_none_are_given() -> None:
+    engine = engine_of()
+    free = slot_count.free_bytes(engine.device)
+    assert free is not None and free > 1 << 20
+    assert slot_count.step_seconds(engine, 2) > 0
+    assert [result.tokens for result in engine.run_many(documents())] == LENGTHS
