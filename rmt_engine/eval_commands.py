@@ -20,7 +20,12 @@ MakeEngine = Callable[[argparse.Namespace], Engine]
 def run(options: argparse.Namespace, make_engine: MakeEngine) -> int:
     """`rmt-engine eval KIND`. make_engine: builds the engine that the options name."""
     kinds = {"retrieval": _retrieval, "drift": _drift, "babilong": _babilong, "perplexity": _perplexity}
-    return kinds[options.kind](options, make_engine)
+    try:
+        return kinds[options.kind](options, make_engine)
+    except KeyboardInterrupt:
+        if getattr(options, "resume_dir", None):
+            print(f"what was answered is kept in {options.resume_dir}: the same command goes on", file=sys.stderr)
+        raise
 
 
 def _retrieval(options: argparse.Namespace, make_engine: MakeEngine) -> int:

@@ -18,7 +18,7 @@ import pytest
 from rmt_engine import InputError
 from rmt_engine.cli import main, parser
 from rmt_engine.eval_commands import duration
-from rmt_engine.evaluation import plots, report
+from rmt_engine.evaluation import plots, report, retrieval
 from rmt_engine.evaluation.cost import Load, estimate
 from rmt_engine.evaluation.drift import Drift
 from rmt_engine.evaluation.perplexity import Change, Column, Result
@@ -80,6 +80,17 @@ def test_retrieval_is_kept_and_drawn(noise: Path, tmp_path: Path, capsys: pytest
     assert second.out == first.out and "reading 0 tokens" in second.err
     assert _retrieval(noise, *more, "--seed", 1) == 2
     assert "holds another measurement (seed: 0 there, 1 now): give another folder" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_says_how_it_goes_on(
+    noise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(retrieval, "evaluate", interrupted)
+    assert _retrieval(noise, "--resume-dir", tmp_path / "kept") == 130
+    assert f"what was answered is kept in {tmp_path / 'kept'}: the same command goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
