@@ -27,7 +27,9 @@ def draw_heat_maps(cells: Sequence[Cell], path: str | Path) -> None:
     """Accuracy over length (down) and place of the fact (across), a panel for each task. Raises OSError."""
     plt = _pyplot()
     tasks = list(dict.fromkeys(cell.task for cell in cells))
-    figure, panels = plt.subplots(1, len(tasks), figsize=(1 + 4.5 * len(tasks), 3.2), squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(tasks), figsize=(1 + 4.5 * len(tasks), 3.2), squeeze=False, layout="constrained"
+    )
     for axes, task in zip(panels[0], tasks, strict=True):
         rows = sorted((cell for cell in cells if cell.task == task), key=lambda cell: cell.tokens)
         image = axes.imshow(_shares(rows), vmin=0, vmax=100, aspect="auto", cmap="viridis")
