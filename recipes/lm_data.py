@@ -19,6 +19,7 @@ from rmt_engine.evaluation.noise import is_held_out, text_files
 
 DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
 SHORTEST = 40  # characters; shorter docstrings say little
+LONGEST = 200_000  # characters of a document; a generated file of millions would outweigh the rest
 
 
 def docstrings(root: Path) -> Iterator[str]:
@@ -29,7 +30,7 @@ def docstrings(root: Path) -> Iterator[str]:
         texts = [cleandoc(text) for text in found if len(text) >= SHORTEST and text not in seen]
         seen.update(found)
         if texts:
-            yield "\n\n".join(texts) + "\n"
+            yield "\n\n".join(texts)[:LONGEST] + "\n"
 
 
 def documents(text: Path | None) -> tuple[list[str], list[str]]:
