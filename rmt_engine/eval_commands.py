@@ -124,8 +124,9 @@ def _perplexity(options: argparse.Namespace, make_engine: MakeEngine) -> int:
 def _settings(engine: Engine, options: argparse.Namespace) -> retrieval.Settings:
     size = engine.config.segment_size
     lengths = [number * size if unit else number for number, unit in options.lengths]
+    tasks = list(dict.fromkeys(options.tasks))
     return retrieval.Settings(
-        options.tasks, lengths, options.trials, options.facts, options.seed, options.answer, options.labels
+        tasks, lengths, options.trials, options.facts, options.seed, options.answer, options.labels
     )
 
 

@@ -372,6 +372,7 @@ def test_a_damaged_store_is_told(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"tasks": ["juggle"]}, "tasks must be of memorize, detect, reasoning; got juggle"),
+        ({"tasks": []}, "tasks must be of memorize, detect, reasoning; got none"),
         ({"trials": 0}, "trials must be at least 1"),
         ({"facts": 5}, "facts must be 1 to 4, one for each name; got 5"),
         ({"lengths": [5]}, "lengths below that do not hold them"),

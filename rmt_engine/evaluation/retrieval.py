@@ -54,8 +54,9 @@ class Settings:
 
     def check(self, engine: Engine, noise: Noise) -> None:
         """Tells before hours of reading what cannot be measured. Raises ValueError."""
-        if unknown := set(self.tasks) - set(TASKS):
-            raise ValueError(f"tasks must be of {', '.join(TASKS)}; got {', '.join(sorted(unknown))}")
+        unknown = sorted(set(self.tasks) - set(TASKS))
+        if unknown or not self.tasks:
+            raise ValueError(f"tasks must be of {', '.join(TASKS)}; got {', '.join(unknown) or 'none'}")
         if self.trials < 1:
             raise ValueError("trials must be at least 1")
         if not 1 <= self.facts <= len(NAMES):
