@@ -23,7 +23,7 @@ has_headers = -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + 
 has_compiler = set -- $${CXX:-g++} && command -v "$$1"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-gpu test-gpu-sanitize kernels-report bench figures test-native test-native-sanitize campaign lint format clean
+.PHONY: help setup run test test-gpu test-gpu-sanitize kernels-report bench figures tune test-native test-native-sanitize campaign lint format clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ test-gpu-sanitize: setup ## Run the kernels' tests on a CUDA device under comput
 
 kernels-report: setup ## Compile every launch of the GPU kernels, without a GPU, and write kernels/REPORT.md
 	OMP_NUM_THREADS=1 $(PY) kernels/report.py $(ARGS)
+
+tune: setup ## Tune the launch configurations of the card in this machine; ARGS='--backbone gpt2'
+	$(PY) kernels/tune.py $(ARGS)
 
 test-native: ## Run the C++ tests alone; SANITIZE=address,undefined or SANITIZE=thread
 	$(MAKE) -C csrc test

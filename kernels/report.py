@@ -2,20 +2,23 @@
 
 `make kernels-report` runs it: registers, shared memory, instructions. A spill, a stack, too much shared memory or a
 16-bit matrix product without tensor cores is a breach, and fails. A row whose key has not changed (source of the
-kernel, launch, architecture, Triton) is not compiled again: the table is its own cache.
+kernel, launch, architecture, Triton) is not compiled again: the table is its own cache, and an interrupt keeps it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from rmt_kernels import configs
+from rmt_kernels import configs, segment_attention
 from rmt_kernels.aot import Compiled, Launch, breaches, compiled, recorded
+from rmt_kernels.segment_attention import AttentionSpec
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from rmt_engine.backbones import module_of
@@ -27,16 +30,19 @@ ROWS, MEMORY, SLOTS, NEW_TOKENS = 512, 16, 2, 64  # with one slot, Triton would 
 
 LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
 LLAMA_1B |= {"head_dim": 64, "max_position_embeddings": 4096, "vocab_size": 128256, "tie_word_embeddings": True}
-LLAMA_3B = {**LLAMA_1B, "hidden_size": 3072, "num_attention_heads": 24, "head_dim": 128}
 BACKBONES: dict[str, tuple[str, Any]] = {
     "gpt2": ("gpt2", GPT2Config(n_layer=2)),
     "llama-1b": ("llama", LlamaConfig(num_hidden_layers=2, **LLAMA_1B)),
-    "llama-3b": ("llama", LlamaConfig(num_hidden_layers=2, **LLAMA_3B)),
     "bert-base": ("bert", BertConfig(num_hidden_layers=2)),
 }
-# bf16 stands for fp16: the same tiles, the same instructions but for the type.
-DTYPES = {"bf16": (torch.bfloat16, BACKBONES), "fp32": (torch.float32, ("gpt2",))}
-COLUMNS = ("registers", "stack", "shared", "warps", "spills", "wgmma", "tcgen05", "mma", "async_copies")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Which steps of which dtypes; fp16 and fp32 launch what bf16 does, with another type and (fp32) other tiles.
+STEPS = {"bf16": tuple(BACKBONES), "fp16": ("gpt2",), "fp32": ("gpt2",)}
+PER_SLOT = {("gpt2", "bf16"), ("llama-1b", "bf16")}  # also with a length of its own for each slot
+HEAD_DIMS, LONGEST = (32, 80, 96, 128), 4096  # attention beside that of the backbones
+COLUMNS = ("registers", "stack", "shared", "warps", "spills", "wgmma", "tcgen05", "mma", "async_copies", "tma")
+Wanted = tuple[configs.Arch, str, str, Launch]
+HEADS = ("key", "arch", "dtype", "kernel", "backbone: constants", *COLUMNS, "programs", "occupancy")
 
 
 def executor_of(name: str, dtype: torch.dtype) -> EagerExecutor:
@@ -75,17 +81,35 @@ def segment_step(name: str, dtype: torch.dtype, per_slot: bool) -> None:
     executor.decode(logits.argmax(-1)[:, None], caches)
 
 
-def launches() -> Iterator[tuple[configs.Arch, str, str, Launch]]:
+def long_attention(dtype: torch.dtype) -> None:
+    """The longest segment, at widths of a head that no backbone above has."""
+    table = torch.empty(LONGEST, 128, device="meta")
+    specs = [AttentionSpec(8, 8, head_dim, causal, 1.0) for head_dim, causal in product(HEAD_DIMS, (True, False))]
+    for spec in (*specs, AttentionSpec(8, 8, 128, True, 1.0, (table, table))):
+        head_dim, attend = spec.head_dim, segment_attention.plan(spec, backend="triton")
+        q, k, v = torch.empty(2, LONGEST, 24 * head_dim, dtype=dtype, device="meta").split(8 * head_dim, -1)
+        attend(q, k, v, length=LONGEST)
+        attend(q[:, -MEMORY:], k, v, length=LONGEST, start=LONGEST - MEMORY)
+
+
+def steps() -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """(name, dtype, what launches it)."""
+    for dtype, names in STEPS.items():
+        for name in names:
+            for per_slot in (False, True) if (name, dtype) in PER_SLOT else (False,):
+                yield name, dtype, partial(segment_step, name, DTYPES[dtype], per_slot)
+    yield f"{LONGEST} rows", "bf16", partial(long_attention, torch.bfloat16)
+
+
+def launches() -> Iterator[Wanted]:
     """(architecture, backbone, dtype, launch), each launch once an architecture."""
     for arch in configs.ARCHS:
         seen: set[Launch] = set()
-        for dtype_name, (dtype, names) in DTYPES.items():
-            for name in names:
-                with configs.assume(arch), recorded() as found:
-                    segment_step(name, dtype, per_slot=False)
-                    segment_step(name, dtype, per_slot=True)
-                yield from ((arch, name, dtype_name, launch) for launch in found if launch not in seen)
-                seen |= set(found)
+        for name, dtype, step in steps():
+            with configs.assume(arch), recorded() as found:
+                step()
+            yield from ((arch, name, dtype, launch) for launch in found if launch not in seen)
+            seen |= set(found)
 
 
 def known() -> dict[str, Compiled]:
@@ -94,54 +118,69 @@ def known() -> dict[str, Compiled]:
         return {}
     lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| `")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    return {row[0].strip("`"): Compiled(*map(int, row[5 : 5 + len(COLUMNS)])) for row in rows}
+    whole = (row for row in rows if len(row) == len(HEADS))  # not those of an older table
+    return {row[0].strip("`"): Compiled(*map(int, row[5 : 5 + len(COLUMNS)])) for row in whole}
+
+
+def compile_missing(wanted: Sequence[Wanted], cache: dict[str, Compiled]) -> None:
+    """Fills the cache; an interrupt keeps what is there."""
+    missing = [(arch, name, dtype, launch) for arch, name, dtype, launch in wanted if launch.key(arch) not in cache]
+    try:
+        for done, (arch, name, dtype, launch) in enumerate(missing):
+            print(f"{done} of {len(missing)}: {arch} {name} {dtype} {launch.name}", file=sys.stderr, flush=True)
+            cache[launch.key(arch)] = compiled(launch, arch)
+    except KeyboardInterrupt:
+        print("interrupted; the next run goes on here", file=sys.stderr)
+
+
+def row(arch: configs.Arch, name: str, dtype: str, launch: Launch, result: Compiled) -> str:
+    facts = [arch, dtype, launch.name.removesuffix("_kernel"), f"{name}: {launch.label()}"]
+    numbers = [getattr(result, column) for column in COLUMNS]
+    shares = [result.programs(arch), f"{result.occupancy(arch):.0%}"]
+    return " | ".join(map(str, [f"`{launch.key(arch)}`", *facts, *numbers, *shares]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compile and write nothing; fail where the table is stale")
+    parser.add_argument("--arch", choices=configs.ARCHS, help="compile what is missing for this one alone")
     arguments = parser.parse_args()
-    cache, lines, broken = known(), [], []
-    missing = [(arch, launch) for arch, _, _, launch in launches() if launch.key(arch) not in cache]
-    print(f"{len(missing)} launches are not in the table", file=sys.stderr, flush=True)
-    if arguments.check and missing:
-        return 1
-    try:
-        for arch, name, dtype, launch in launches():
-            key = launch.key(arch)
-            if key not in cache:
-                print(f"{arch} {name} {dtype} {launch.name}", file=sys.stderr, flush=True)
-                cache[key] = compiled(launch, arch)
-            result = cache[key]
-            broken += [
-                f"{arch} {name} {dtype} {launch.name} {launch.label()}: {words}"
-                for words in breaches(launch, result, arch)
-            ]
-            facts = [arch, dtype, launch.name.removesuffix("_kernel"), f"{name}: {launch.label()}"]
-            numbers = [getattr(result, column) for column in COLUMNS]
-            lines.append(" | ".join(map(str, [f"`{key}`", *facts, *numbers, result.programs(arch)])))
-    finally:  # an hour's work is not lost to an interrupt
-        if not arguments.check:
-            TABLE.write_text(_document(lines))
-    print(f"{len(lines)} launches, {len(broken)} breaches")
+    cache, wanted = known(), list(launches())
+    if not arguments.check:
+        compile_missing([launch for launch in wanted if arguments.arch in (None, launch[0])], cache)
+    there = [(arch, name, dtype, launch) for arch, name, dtype, launch in wanted if launch.key(arch) in cache]
+    results = [(*facts, cache[facts[3].key(facts[0])]) for facts in there]
+    broken = [
+        f"{arch} {name} {dtype} {launch.name} {launch.label()}: {words}"
+        for arch, name, dtype, launch, result in results
+        for words in breaches(launch, result, arch)
+    ]
+    missing = len(wanted) - len(there)
+    if not arguments.check:
+        TABLE.write_text(_document([row(*result) for result in results], missing))
+    print(f"{len(there)} launches, {missing} not compiled yet, {len(broken)} breaches")
     for words in broken:
         print(words, file=sys.stderr)
-    return 1 if broken else 0
+    return 1 if broken or missing else 0
 
 
-def _document(lines: list[str]) -> str:
-    heads = ["key", "arch", "dtype", "kernel", "backbone: constants", *COLUMNS, "programs"]
+def _document(lines: list[str], missing: int) -> str:
     return "\n".join(
         [
             "# Compiled kernels",
             "",
             "Written by `make kernels-report`, without a GPU: every launch of a segment step, compiled for every",
-            "architecture. The configurations are defaults whose compilation is checked; none was tuned on a card.",
+            f"architecture. {configs.provenance()}",
             "shared: bytes; spills: STL and LDL instructions; wgmma, tcgen05, mma: matrix instructions of Hopper, of",
-            "Blackwell and of older cards; programs: how many fit on one multiprocessor, the bound on occupancy.",
+            "Blackwell and of older cards; async_copies: LDGSTS; tma: UTMALDG, loads through descriptors; programs:",
+            "how many fit on one multiprocessor; occupancy: the share of its threads that they are, at most.",
+            *(
+                [f"{missing} launches are not compiled yet: the next `make kernels-report` goes on here."]
+                * bool(missing)
+            ),
             "",
-            "| " + " | ".join(heads) + " |",
-            "|" + "---|" * len(heads),
+            "| " + " | ".join(HEADS) + " |",
+            "|" + "---|" * len(HEADS),
             *(f"| {line} |" for line in lines),
             "",
         ]

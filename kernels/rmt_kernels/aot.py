@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rmt_kernels.configs import SHARED_LIMIT, Arch
 
@@ -61,6 +62,11 @@ class Launch:
         """Whether a 16-bit matrix comes in."""
         return dict(self.signature).get("p_x", dict(self.signature).get("p_q")) in ("*fp16", "*bf16")
 
+    @property
+    def descriptors(self) -> int:
+        """How many TMA descriptors come in."""
+        return sum(kind.startswith("tensordesc") for _, kind in self.signature)
+
     def key(self, arch: Arch) -> str:
         """Changes with the source of the kernel (and of what it calls), the launch, the target and Triton."""
         launch = (self.signature, self.constants, self.divisible, self.options)
@@ -88,14 +94,19 @@ class Compiled:
     wgmma: int  # HGMMA, Hopper's
     tcgen05: int  # UTC*MMA, Blackwell's
     mma: int  # HMMA
-    async_copies: int  # LDGSTS, UTMALDG
+    async_copies: int  # LDGSTS
+    tma: int  # UTMALDG, loads through descriptors
 
     def programs(self, arch: Arch) -> int:
-        """How many fit on one multiprocessor at once: the bound on its occupancy."""
+        """How many fit on one multiprocessor at once."""
         threads = self.warps * 32
         per_thread = -(-max(self.registers, 1) // 8) * 8
         by_shared = SHARED_TOTAL[arch] // (self.shared + RESERVED_SHARED)
         return min(REGISTERS // (per_thread * threads), THREADS // threads, by_shared, 32)
+
+    def occupancy(self, arch: Arch) -> float:
+        """Threads of the programs that fit, of those that a multiprocessor holds: the bound on its occupancy."""
+        return self.programs(arch) * self.warps * 32 / THREADS
 
 
 @contextmanager
@@ -123,6 +134,8 @@ def _launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Laun
         value = values[name]
         if name in constexprs or value is None or (type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
         elif isinstance(value, Tensor):
             signature[name] = TYPES[value.dtype]
             offset = value.storage_offset() * value.element_size()
@@ -145,8 +158,8 @@ def compiled(launch: Launch, arch: Arch) -> Compiled:
     source = ASTSource(launch.kernel, dict(launch.signature), constants, attributes)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     binary = triton.compile(source, target=target, options=dict(launch.options))
-    usage, code = _disassembled(binary.asm["cubin"])
-    registers, stack = (int(re.findall(rf"{word}:(\d+)", usage)[-1]) for word in ("REG", "STACK"))
+    code = _disassembled(binary.asm["cubin"])
+    registers, stack = (int(re.findall(rf"\b{word}:(\d+)", code)[-1]) for word in ("REG", "STACK"))
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, code))
@@ -160,20 +173,18 @@ def compiled(launch: Launch, arch: Arch) -> Compiled:
         wgmma=count(r"\bHGMMA\b"),
         tcgen05=count(r"\bUTC\w*MMA\b"),
         mma=count(r"\bHMMA\b"),
-        async_copies=count(r"\b(?:LDGSTS|UTMALDG)\b"),
+        async_copies=count(r"\bLDGSTS\b"),
+        tma=count(r"\bUTMALDG\b"),
     )
 
 
-def _disassembled(cubin: bytes) -> tuple[str, str]:
+def _disassembled(cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    return usage, code
+        said = subprocess.run([tool, "-res-usage", "-sass", file.name], check=True, capture_output=True, text=True)
+    return said.stdout
 
 
 def breaches(launch: Launch, result: Compiled, arch: Arch) -> list[str]:
@@ -183,6 +194,8 @@ def breaches(launch: Launch, result: Compiled, arch: Arch) -> list[str]:
         found.append(f"spills: {result.stack} bytes of stack, {result.spills} STL/LDL")
     if result.shared > SHARED_LIMIT[arch]:
         found.append(f"shared memory: {result.shared} bytes, {arch} has {SHARED_LIMIT[arch]}")
+    if result.tma < launch.descriptors:
+        found.append(f"{launch.descriptors} descriptors, {result.tma} loads through them")
     if launch.has_dot and launch.half:
         blocks = dict(launch.constants)
         wide = blocks.get("BM", blocks.get("BQ", 0)) >= 64

@@ -1,17 +1,20 @@
-"""Launch configurations as data. Every one of them is a default whose compilation is checked; none was tuned on a card.
+"""Launch configurations as data: defaults whose compilation is checked, and what `make tune` measured on a card.
 
 A configuration is picked by the rows of one slot, never by the number of slots: a row is summed in the same order
-whatever stands beside it.
+whatever stands beside it. The tuned ones lie in tuned/<architecture>.json, which says on which card, when and how;
+what they do not name gets the default. `provenance` says which architectures have one.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -34,13 +37,19 @@ def _power_of_two(name: str, value: int, low: int, high: int) -> None:
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """Tile of x Wᵀ: block_m rows by block_n outputs, block_k inputs at a time, `stages` tiles in flight."""
+    """Tile of x Wᵀ: block_m rows by block_n outputs, block_k inputs at a time, `stages` tiles in flight.
+
+    tma: tiles come through TMA descriptors (sm_90 and newer), where rows start at multiples of 16 bytes.
+    splits: programs that share a tile's inputs where parts may be added up afterwards; 0: as `split_k` says.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
+    tma: bool = False
+    splits: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k"):
@@ -48,6 +57,8 @@ class LinearConfig:
         _power_of_two("warps", self.warps, 1, 16)
         if not 1 <= self.stages <= 8:
             raise ValueError(f"stages={self.stages}: expected 1..8")
+        if self.splits:
+            _power_of_two("splits", self.splits, 1, 64)
 
     def shared_bytes(self, width: Width) -> int:
         """What the tiles in flight take."""
@@ -71,6 +82,41 @@ class AttentionConfig:
             raise ValueError(f"stages={self.stages}: expected 1..4")
 
 
+@dataclass(frozen=True)
+class LinearCase:
+    """What a configuration of x Wᵀ is tuned for. rows: of one slot, as `rows_of` says; gated: gate and up together."""
+
+    width: Width
+    rows: int
+    outputs: int
+    inputs: int
+    gated: bool
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """What a configuration of attention is tuned for. rows: packed query rows, as `rows_of` says; head_dim: padded."""
+
+    width: Width
+    rows: int
+    head_dim: int
+    causal: bool
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `make tune` found on a card, and how it was found. Times are medians."""
+
+    arch: Arch
+    device: str
+    versions: str
+    date: str
+    command: str
+    linear: dict[LinearCase, LinearConfig]
+    attention: dict[AttentionCase, AttentionConfig]
+    microseconds: dict[LinearCase | AttentionCase, tuple[float, float]]  # of the configuration, and of the default
+
+
 def element_bytes(width: Width) -> int:
     return 2 if width == "half" else 4
 
@@ -81,12 +127,12 @@ LINEAR: dict[tuple[Arch, Width, bool], LinearConfig] = {  # (arch, width, few ro
     ("sm_80", "half", True): LinearConfig(16, 64, 64, warps=4, stages=5),
     ("sm_80", "full", False): LinearConfig(64, 64, 16, warps=8, stages=3),
     ("sm_80", "full", True): LinearConfig(16, 64, 32, warps=4, stages=4),
-    ("sm_90", "half", False): LinearConfig(64, 128, 64, warps=4, stages=4),
-    ("sm_90", "half", True): LinearConfig(16, 64, 64, warps=4, stages=6),
+    ("sm_90", "half", False): LinearConfig(64, 128, 64, warps=4, stages=4, tma=True),
+    ("sm_90", "half", True): LinearConfig(16, 64, 64, warps=4, stages=6, tma=True),
     ("sm_90", "full", False): LinearConfig(64, 64, 16, warps=8, stages=3),
     ("sm_90", "full", True): LinearConfig(16, 64, 32, warps=4, stages=4),
-    ("sm_100", "half", False): LinearConfig(128, 128, 64, warps=8, stages=4),
-    ("sm_100", "half", True): LinearConfig(16, 64, 128, warps=4, stages=5),
+    ("sm_100", "half", False): LinearConfig(128, 128, 64, warps=8, stages=4, tma=True),
+    ("sm_100", "half", True): LinearConfig(16, 64, 128, warps=4, stages=5, tma=True),
     ("sm_100", "full", False): LinearConfig(64, 64, 16, warps=4, stages=3),
     ("sm_100", "full", True): LinearConfig(16, 64, 32, warps=4, stages=4),
 }
@@ -104,7 +150,10 @@ _ATTENTION: dict[tuple[Width, bool, bool], AttentionConfig] = {
 }
 ATTENTION: dict[Arch, dict[tuple[Width, bool, bool], AttentionConfig]] = {arch: dict(_ATTENTION) for arch in ARCHS}
 
+TUNED = Path(__file__).parent / "tuned"
+
 _ASSUMED: ContextVar[Arch | None] = ContextVar("assumed architecture", default=None)
+_FORCED: ContextVar[LinearConfig | AttentionConfig | None] = ContextVar("forced configuration", default=None)
 
 
 @contextmanager
@@ -115,6 +164,16 @@ def assume(arch: Arch) -> Iterator[None]:
         yield
     finally:
         _ASSUMED.reset(token)
+
+
+@contextmanager
+def forced(config: LinearConfig | AttentionConfig) -> Iterator[None]:
+    """Inside, every launch of its kind takes this configuration: for tuning."""
+    token = _FORCED.set(config)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
 
 
 def arch_of(device: torch.device) -> Arch:
@@ -138,21 +197,89 @@ def few(slot_rows: int) -> bool:
     return slot_rows <= FEW_ROWS
 
 
-def linear_config(arch: Arch, dtype: torch.dtype, slot_rows: int) -> LinearConfig:
+def rows_of(slot_rows: int) -> int:
+    """Rows that share a tuned configuration: the next power of two, from 16 on."""
+    return max(FEW_ROWS, 1 << (slot_rows - 1).bit_length())
+
+
+def default_linear_config(arch: Arch, dtype: torch.dtype, slot_rows: int) -> LinearConfig:
     return LINEAR[arch, width_of(dtype), few(slot_rows)]
 
 
-def attention_config(arch: Arch, dtype: torch.dtype, packed_rows: int, block_d: int) -> AttentionConfig:
+def linear_config(
+    arch: Arch, dtype: torch.dtype, slot_rows: int, outputs: int, inputs: int, gated: bool
+) -> LinearConfig:
+    if isinstance(config := _FORCED.get(), LinearConfig):
+        return config
+    default = default_linear_config(arch, dtype, slot_rows)
+    if (found := tuned(arch)) is None:
+        return default
+    return found.linear.get(LinearCase(width_of(dtype), rows_of(slot_rows), outputs, inputs, gated), default)
+
+
+def default_attention_config(arch: Arch, dtype: torch.dtype, packed_rows: int, block_d: int) -> AttentionConfig:
     return ATTENTION[arch][width_of(dtype), few(packed_rows), block_d > 64]
+
+
+def attention_config(arch: Arch, dtype: torch.dtype, packed_rows: int, block_d: int, causal: bool) -> AttentionConfig:
+    if isinstance(config := _FORCED.get(), AttentionConfig):
+        return config
+    default = default_attention_config(arch, dtype, packed_rows, block_d)
+    if (found := tuned(arch)) is None:
+        return default
+    return found.attention.get(AttentionCase(width_of(dtype), rows_of(packed_rows), block_d, causal), default)
 
 
 def split_k(arch: Arch, config: LinearConfig, slot_rows: int, outputs: int, inputs: int) -> int:
     """Programs that share one tile's inputs, so that one slot alone fills the card; each takes at least 256 inputs."""
+    if config.splits:
+        return config.splits
     tiles = -(-slot_rows // config.block_m) * -(-outputs // config.block_n)
     splits = 1
     while tiles * splits * 2 <= PROGRAMS_WANTED[arch] and splits * 2 * 256 <= inputs:
         splits *= 2
     return splits
+
+
+@lru_cache
+def tuned(arch: Arch) -> Tuned | None:
+    """What was tuned for an architecture; None where nobody did. Read once."""
+    path = TUNED / f"{arch}.json"
+    return read_tuned(path) if path.exists() else None
+
+
+def read_tuned(path: Path) -> Tuned:
+    """A file that `tuning.write` wrote. Raises ValueError for one that does not hold what it should."""
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text())
+        linear = [(LinearCase(**e["case"]), LinearConfig(**e["config"]), e) for e in facts["linear"]]
+        attention = [(AttentionCase(**e["case"]), AttentionConfig(**e["config"]), e) for e in facts["attention"]]
+        times: dict[LinearCase | AttentionCase, tuple[float, float]] = {}
+        times |= {case: (e["microseconds"], e["default_microseconds"]) for case, _, e in linear}
+        times |= {case: (e["microseconds"], e["default_microseconds"]) for case, _, e in attention}
+        return Tuned(
+            facts["arch"],
+            facts["device"],
+            facts["versions"],
+            facts["date"],
+            facts["command"],
+            {case: config for case, config, _ in linear},
+            {case: config for case, config, _ in attention},
+            times,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: not a file of tuned configurations: {error!r}; delete it, or run make tune"
+        ) from error
+
+
+def provenance() -> str:
+    """Which configurations are tuned and which are defaults, in words."""
+    words = [f"{arch}: tuned on {found.device}, {found.date}" for arch in ARCHS if (found := tuned(arch))]
+    defaults = [arch for arch in ARCHS if not tuned(arch)]
+    if defaults:
+        words.append(f"{', '.join(defaults)}: defaults whose compilation is checked, not tuned on a card")
+    return "; ".join(words) + "."
 
 
 def row_warps(width: int) -> int:

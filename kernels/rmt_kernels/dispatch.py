@@ -29,7 +29,8 @@ def choose(backend: str = "auto", device: str | torch.device = "cpu") -> str:
         return "cpu" if kind == "cpu" else "ref" if _why_not_triton(device) else "triton"
     if backend not in SERVED:
         raise RuntimeError(
-            f"backend {backend!r} cannot run: no op is written for it yet; use one of auto, {', '.join(SERVED)}"
+            f"backend {backend!r} cannot run: no CUDA C++ kernel ships, as none has been shown on a card to be faster "
+            f"than the Triton one; use one of auto, {', '.join(SERVED)}"
         )
     if backend == "triton" and (reason := _why_not_triton(device)):
         raise RuntimeError(f"backend 'triton' cannot run: {reason}")

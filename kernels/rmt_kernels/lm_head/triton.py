@@ -1,4 +1,4 @@
-"""lm_head on Triton. The norm is a kernel of its own: folded, it would need a second copy of the tied embedding."""
+"""lm_head on Triton. Rows are normalized as they are read: folding the norm would copy the tied embedding."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from rmt_kernels.checks import dims
-from rmt_kernels.configs import arch_of, linear_config
+from rmt_kernels.configs import arch_of, default_linear_config
 from rmt_kernels.lm_head import LMHead, LogProbabilities
-from rmt_kernels.triton_linear import TritonLinear, load_weights
-from rmt_kernels.triton_rows import NUMERICS, NormRows, check_dtype, on
+from rmt_kernels.triton_linear import (
+    TritonLinear,
+    Window,
+    inputs_tile,
+    normalized_tile,
+    row_moments,
+    weights_tile,
+)
+from rmt_kernels.triton_rows import NUMERICS, on
 from rmt_kernels.weights import Linear, Norm
 
 # Columns of the vocabulary that one program sums. Fixed, so that the order of a sum does not depend on the rows.
@@ -21,17 +28,22 @@ JOINED_ROWS = 64
 
 @triton.jit
 def nll_kernel(
-    p_x,  # [R, K], normalized
+    p_x,  # [R, K]
+    d_x,  # a descriptor of it, or None: by pointer
     p_w,  # [V, K]
-    p_bias,  # [V]
+    d_w,  # a descriptor of it, or None: by pointer
+    p_gain,  # [K], of the norm, or None
+    p_offset,  # [K], of the norm, or None
+    p_bias,  # [V], or None
     p_targets,  # [R] int64
     p_maximum,  # [parts, R] fp32: of the part's logits · log2(e)
     p_weight,  # [parts, R] fp32: sum of 2^(logit · log2(e) - maximum)
     p_chosen,  # [parts, R] fp32: the target's logit where the part holds it, else 0
     rows,  # R
+    eps,
     V: tl.constexpr,
     K: tl.constexpr,
-    BIAS: tl.constexpr,
+    NORM: tl.constexpr,
     PART: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -47,17 +59,17 @@ def nll_kernel(
     maximum = tl.full([BM], float("-inf"), dtype=tl.float32)
     weight = tl.zeros([BM], dtype=tl.float32)
     chosen = tl.zeros([BM], dtype=tl.float32)
+    if p_gain is not None:
+        mean, scale = row_moments(d_x, p_rows, i_m * BM, eps, K, BM, BK, NORM)
     for n in range(i_part * PART, min(i_part * PART + PART, V), BN):
-        o_v = (n + tl.arange(0, BN)).to(tl.int64)
+        o_v = n + tl.arange(0, BN)
         logits = tl.zeros([BM, BN], dtype=tl.float32)
         for k in range(0, K, BK):
-            o_k = k + tl.arange(0, BK)
-            if K % BK == 0:
-                a = tl.load(p_rows + o_k[None, :])
-            else:
-                a = tl.load(p_rows + o_k[None, :], mask=(o_k < K)[None, :], other=0.0)
-            logits = tl.dot(a, load_weights(p_w, o_v, o_k, V, K, BN, BK), logits, input_precision="ieee")
-        if BIAS:
+            a = inputs_tile(d_x, p_rows, i_m * BM, k, K, BK)
+            if p_gain is not None:
+                a = normalized_tile(a, mean, scale, p_gain, p_offset, k, K, BK)
+            logits = tl.dot(a, weights_tile(d_w, p_w, n, k, V, K, BN, BK), logits, input_precision="ieee")
+        if p_bias is not None:
             logits += tl.load(p_bias + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
         chosen += tl.sum(tl.where(o_v[None, :] == target[:, None], logits, 0.0), 1)
         logits = tl.where((o_v < V)[None, :], logits * 1.4426950408889634, float("-inf"))
@@ -105,45 +117,43 @@ def join_nll_kernel(
 
 
 def plan(layer: Linear, norm: Norm | None) -> LMHead:
-    linear, normalize = TritonLinear(layer), norm and NormRows(norm)
-
-    def logits(hidden: Tensor) -> Tensor:
-        return linear(normalize(hidden) if normalize else hidden, out_dtype=torch.float32)
-
-    return logits
+    linear = TritonLinear(layer, norm, folded=False)
+    return lambda hidden: linear(hidden, out_dtype=torch.float32)
 
 
 def plan_nll(layer: Linear, norm: Norm | None) -> LogProbabilities:
-    check_dtype("weight", layer.weight)
-    normalize = norm and NormRows(norm)
-    weight = layer.weight.contiguous()
-    vocabulary, width = weight.shape
+    linear = TritonLinear(layer, norm, folded=False)
+    vocabulary, width = linear.weight.shape
     parts = triton.cdiv(vocabulary, PART_COLUMNS)
 
     def log_probabilities(hidden: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
         bound = dims("hidden", hidden, "B R E", E=width)
         dims("targets", targets, "B R", **bound)
-        x = (normalize(hidden) if normalize else hidden).contiguous()
-        targets = targets.contiguous()
+        x, targets = hidden.contiguous(), targets.contiguous()
         if lengths is not None:
             dims("lengths", lengths, "B", B=bound["B"])
-        config = linear_config(arch_of(x.device), x.dtype, bound["R"])
-        rows = targets.numel()
+        config = default_linear_config(arch_of(x.device), x.dtype, bound["R"])
+        window, rows = Window(x, None, bound["R"]), targets.numel()
         out = torch.empty(targets.shape, dtype=torch.float32, device=x.device)
         maximum, weights, chosen = (torch.empty((parts, rows), dtype=out.dtype, device=x.device) for _ in range(3))
         with on(x.device):
             nll_kernel[(triton.cdiv(rows, config.block_m), parts)](
                 x,
-                weight,
-                layer.bias,
+                window.descriptor(config.block_m, config.block_k) if config.tma else None,
+                linear.weight,
+                linear.descriptor(config.block_n, config.block_k) if config.tma else None,
+                linear.gain,
+                linear.offset,
+                linear.bias,
                 targets,
                 maximum,
                 weights,
                 chosen,
                 rows,
+                linear.eps,
                 V=vocabulary,
                 K=width,
-                BIAS=layer.bias is not None,
+                NORM=linear.norm,
                 PART=PART_COLUMNS,
                 BM=config.block_m,
                 BN=config.block_n,

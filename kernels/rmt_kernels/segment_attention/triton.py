@@ -356,7 +356,7 @@ class TritonAttention:
         batch, rows, _ = q.shape
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         packed = rows * self.groups
-        config = attention_config(arch_of(q.device), q.dtype, packed, self.block_d)
+        config = attention_config(arch_of(q.device), q.dtype, packed, self.block_d, spec.causal)
         keys = length if isinstance(length, int) else key_rows  # more than a slot has are parts without a weight
         apart = KEYS_APART if few(packed) and keys > KEYS_APART else 0
         parts = triton.cdiv(keys, apart) if apart else 1
