@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -10,12 +11,18 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from rmt_engine._C import GraphRunner, SegmentStream
+from rmt_engine.executors import EagerExecutor
 from rmt_engine.graph_executor import GraphExecutor, Recorded
 from rmt_engine.graph_plan import PIECE_SEGMENTS, ring_width
 from rmt_engine.memory import MemoryState
 from rmt_engine.scoring import Scores
 
 Mark = TypeVar("Mark")
+
+
+def can_stream(executor: EagerExecutor) -> bool:
+    """Whether a `GraphStream` may be made now: it has graphs, and they fold no other stream."""
+    return isinstance(executor, GraphExecutor) and not executor.stream_in_use
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class GraphStream(Generic[Mark]):
         self.executor, self.start, self.mark, self.buffers = executor, place, mark, recorded.buffers
         self.sure = Reached(place, mark(place.position))
         self.queued: deque[Reached[Mark]] = deque()  # places whose pieces have not come back yet
+        width = ring_width(executor.sizes.segment)
+        self.rows = np.empty((0, width), dtype=np.float32)  # scores that have come back, of segments since `sure`
         self._begin(place)
         self.runner = self._runner(recorded)
         self.runner.begin(place.rest.tolist(), place.next_size, place.size)
@@ -78,21 +87,36 @@ class GraphStream(Generic[Mark]):
 
         Raises what the segments raise, and DeviceError. Ends early at a memory that is not finite: see `unfolded`.
         """
-        while self.runner.advance(segments, PIECE_SEGMENTS):
+        more = True
+        while more:
+            more = self.runner.advance(segments, PIECE_SEGMENTS)
             self._note()
             yield from self._returned()
-        self._note()
-        yield from self._returned()
+
+    def timed_pieces(self, segments: SegmentStream, add: Callable[[float, int], None]) -> Iterator[Reached[Mark]]:
+        """`pieces`; `add` is told the seconds and the number of the segments that each of them brought."""
+        pieces, reached, start = self.pieces(segments), 0, time.perf_counter()
+        for place in pieces:
+            count = place.place.segments - self.start.segments
+            add(time.perf_counter() - start, count - reached)
+            reached = count
+            yield place
+            start = time.perf_counter()
 
     def finish(self) -> Reached[Mark]:
-        """Waits for all that is queued: the place where the stream stands, the last sure one if the device failed."""
-        if self.runner.failed:
-            return self.sure
-        self.runner.finish()
-        if self.runner.finite:
-            self._note()
+        """Waits for all that is queued: the place where the stream stands, the last sure one if the device failed.
+
+        Its scores are those of all segments since the last place that `pieces` gave.
+        """
+        if not self.runner.failed:
+            self.runner.finish()
+            if self.runner.finite:
+                self._note()
+        before = self.sure
         scores = [score for reached in self._returned() for score in reached.scores]
-        return replace(self.sure, scores=tuple(scores))
+        if self.sure is not before:
+            self.sure = replace(self.sure, scores=tuple(scores))
+        return self.sure
 
     def close(self) -> None:
         """The executor may fold another stream. Idempotent."""
@@ -105,7 +129,10 @@ class GraphStream(Generic[Mark]):
 
     def before_unfolded(self) -> MemoryState:
         """The place that `unfolded` follows."""
-        return self._place(self.runner.folded, np.empty(0, dtype=np.int64))
+        place = self._place(self.runner.folded, np.empty(0, dtype=np.int64))
+        if place.scores is not None:
+            place = self._scored(Reached(place, self.sure.mark), self.rows).place
+        return place
 
     def _tokens(self, segments: int) -> int:
         """Tokens of the first `segments` segments folded: all full, the first perhaps of another size."""
@@ -131,13 +158,13 @@ class GraphStream(Generic[Mark]):
 
     def _returned(self) -> Iterator[Reached[Mark]]:
         """Places that have become sure since the last call."""
-        outputs = self.runner.take_outputs()
-        rows = outputs[0].view(np.float32).reshape(-1, ring_width(self.executor.sizes.segment)) if outputs else None
+        for output in self.runner.take_outputs():
+            self.rows = np.concatenate([self.rows, output.view(np.float32).reshape(-1, self.rows.shape[1])])
         while self.queued and self.queued[0].place.segments <= self.start.segments + self.runner.folded:
             reached = self.queued.popleft()
-            if rows is not None:
+            if reached.place.scores is not None:
                 count = reached.place.segments - self.sure.place.segments
-                reached, rows = self._scored(reached, rows[:count]), rows[count:]
+                reached, self.rows = self._scored(reached, self.rows[:count]), self.rows[count:]
             self.sure = reached
             yield reached
 

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from rmt_engine._C import PushedSource, Segment, SegmentStream, StreamStopped, TokenSource
+from rmt_engine._C import PushedSource, SegmentStream, StreamStopped, TokenSource
 from rmt_engine.errors import InputError, StateError
 from rmt_engine.layouts import Cut
 from rmt_engine.records import open_text
@@ -27,6 +27,7 @@ from rmt_engine.text_input import READ_BYTES, TextPosition, TokenStream, tokeniz
 if TYPE_CHECKING:
     from rmt_engine.engine import Engine
 
+T = TypeVar("T")
 AHEAD_TOKENS = 1 << 14  # tokens that wait for the compute: enough to hide the tokenizer, little enough to stay even
 READER_TOKENS = 1 << 15  # what the C++ reader may hold besides its ring: one piece
 RING_SLOTS = 8
@@ -184,7 +185,7 @@ class TokenFile:
     def segments(self, cut: Cut, vocab_size: int) -> SegmentStream:
         return SegmentStream(self.source, cut.size, cut.first, RING_SLOTS, vocab_size)
 
-    def errors_of(self, segments: SegmentStream) -> Iterable[Segment]:
+    def errors_of(self, segments: Iterable[T]) -> Iterable[T]:
         return segments
 
     def position_at(self, tokens: int) -> InputPosition:
@@ -264,8 +265,8 @@ class Text:
         assert cut.size <= self.segment_size, "more would be ahead than there are places for"
         return SegmentStream(self.source, cut.size, cut.first, RING_SLOTS, vocab_size)
 
-    def errors_of(self, segments: SegmentStream) -> Iterator[Segment]:
-        """The segments; an error of the feeding thread keeps its type."""
+    def errors_of(self, segments: Iterable[T]) -> Iterator[T]:
+        """The segments, or what is made of them; an error of the feeding thread keeps its type."""
         try:
             yield from segments
         except InputError:

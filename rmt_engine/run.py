@@ -7,13 +7,16 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from rmt_engine.errors import InputError
+from rmt_engine.graph_executor import GraphExecutor
+from rmt_engine.graph_stream import GraphStream, Reached, can_stream
 from rmt_engine.inputs import InputPosition, Text, TokenFile, count_tokens, open_input
 from rmt_engine.layouts import Cut, check_alignment
 from rmt_engine.scoring import SegmentScores, Total, check_scorable
@@ -30,7 +33,8 @@ SAMPLE = 1000  # segments at the start and at the end whose times are compared
 
 @dataclass(frozen=True)
 class Progress:
-    """After each segment. position: tokens read; fraction: of the input, or None where its size is not known.
+    """After each segment; through graphs, where nothing is scored, after many. position: tokens read; fraction: of the
+    input, or None where its size is not known.
 
     scores: of a segment that was folded meanwhile, where they were asked for.
     """
@@ -68,6 +72,7 @@ class Summary:
 
 
 Event = Progress | Summary
+Mark = tuple[float | None, InputPosition | None]  # of a place: how much of the input it is, where the input goes on
 
 
 @dataclass
@@ -135,7 +140,10 @@ def run(
             _begin_another(stream, resume)
         start = None if place is None or place.get("done") else InputPosition.from_dict(_without_done(place))
         with open_input(engine, source, **options, start=start) as opened:  # type: ignore[arg-type]
-            yield from _read(stream, opened, clock, limit, checkpoints)
+            if can_stream(engine.executor) and limit is None:
+                yield from _read_through_graphs(stream, opened, clock, checkpoints)
+            else:
+                yield from _read(stream, opened, clock, limit, checkpoints)
     if not stream.position:
         raise InputError(f"{source} holds no tokens of content: there is nothing to read")
     yield clock.summary(stream)
@@ -194,6 +202,65 @@ def _read(
     finally:
         if checkpoints is not None and (done or stream.position > begun):
             checkpoints.save(stream, opened.position_at(stream.position - begun), done)
+
+
+def _read_through_graphs(
+    stream: Stream, opened: TokenFile | Text, clock: _Clock, checkpoints: Checkpoints | None
+) -> Iterator[Progress]:
+    """As `_read`, several segments a launch; a place is known, and progress told, when its piece has come back."""
+    begun, done = stream.position, False
+
+    def mark(position: int) -> Mark:
+        after = position - begun
+        return opened.fraction(after), None if checkpoints is None else opened.position_at(after)
+
+    room = stream.place.next_size - len(stream.rest) or stream.place.size
+    with closing(GraphStream(cast(GraphExecutor, stream.engine.executor), stream.place, mark)) as folding:
+        try:
+            with opened.segments(Cut(room, stream.place.size), stream.engine.vocab_size) as segments:
+                for reached in opened.errors_of(folding.timed_pieces(segments, clock.add)):
+                    stream.place = reached.place
+                    clock.look_at_memory(stream.position)
+                    if checkpoints is not None and checkpoints.is_due(stream.position):
+                        _save(checkpoints, stream, reached)
+                    yield from _told(reached)
+            _stand(stream, folding)
+            yield from _told(folding.sure)
+            done = True
+        finally:
+            if not done and folding.runner.finite:
+                _stand(stream, folding)
+            if checkpoints is not None and (done or folding.sure.place.position > begun):
+                _save(checkpoints, stream, folding.sure, done)
+
+
+def _stand(stream: Stream, folding: GraphStream[Mark]) -> None:
+    """Puts the stream where all that was queued leads. Raises NumericalError at a memory that is not finite, and then
+    the stream stands before it."""
+    stream.place = folding.finish().place
+    if not folding.runner.finite:
+        stream.place = folding.before_unfolded()
+        for ids in folding.unfolded():
+            stream.take(ids)  # the same bits, segment by segment: it raises at the one
+        raise AssertionError("the graphs found a memory that is not finite, and single steps did not")
+
+
+def _save(checkpoints: Checkpoints, stream: Stream, reached: Reached[Mark], done: bool = False) -> None:
+    """Of a place that is sure, with where the input stood when it was taken."""
+    at, position = stream.fork(), reached.mark[1]
+    at.place = reached.place
+    assert position is not None
+    checkpoints.save(at, position, done)
+
+
+def _told(reached: Reached[Mark]) -> Iterator[Progress]:
+    """The segments behind a place: one by one where each has scores."""
+    place, fraction = reached.place, reached.mark[0]
+    for scores in reached.scores:
+        if scores.last is not None:
+            yield Progress(scores.segments, scores.last.end, fraction, scores.last)
+    if not reached.scores:
+        yield Progress(place.segments, place.position, fraction)
 
 
 def _progress(stream: Stream, folded: int, fraction: float | None) -> Progress:
@@ -271,12 +338,16 @@ class _Clock:
         self.began = time.perf_counter()
 
     def __exit__(self, *exception: object) -> None:
-        seconds = time.perf_counter() - self.began
-        self.steps += 1
-        if self.steps > WARM_UP:
-            if len(self.early) < SAMPLE:
-                self.early.append(seconds)
-            self.late.append(seconds)
+        self.add(time.perf_counter() - self.began, 1)
+
+    def add(self, seconds: float, segments: int) -> None:
+        """The time of so many segments together."""
+        for _ in range(segments):
+            self.steps += 1
+            if self.steps > WARM_UP:
+                if len(self.early) < SAMPLE:
+                    self.early.append(seconds / segments)
+                self.late.append(seconds / segments)
 
     def look_at_memory(self, position: int) -> None:
         if self.memory_early is None and position >= EARLY_TOKENS:
