@@ -78,7 +78,7 @@ SUITE := benchmarks/bench_ops.py benchmarks/bench_segment.py benchmarks/bench_st
 bench: setup ## Run the CPU benchmarks, compare with the committed ones; ARGS='-k stream' runs some
 	@mkdir -p build
 	OMP_NUM_THREADS=1 $(PY) -m pytest -p no:cacheprovider $(SUITE) --benchmark-json build/bench.json \
-	  --benchmark-max-time=0.5 --benchmark-columns=min,median,rounds $(ARGS)
+	  --benchmark-max-time=0.5 --benchmark-timer=time.process_time --benchmark-columns=min,median,rounds $(ARGS)
 	$(PY) benchmarks/compare.py build/bench.json $(if $(ARGS),--some)
 
 figures: setup ## Draw the figures of README and docs from the committed results

@@ -310,6 +310,16 @@ def test_the_table_for_people(report: Report) -> None:
     assert "250" in notes[-1]
 
 
+def test_a_busy_machine_is_told() -> None:
+    calm, busy = (
+        Result(ENGINE, seconds=[1.0, 1.0], cpu_seconds=[0.9, 1.9]),
+        Result("hf", seconds=[1.0], cpu_seconds=[0.5]),
+    )
+    assert not calm.disturbed and busy.disturbed
+    text = Report({}, [Row("tokens", "m", 1, "float32", 4000, 4000, [calm, busy])]).text("table")
+    assert text.count("the machine was busy") == 1 and "hf: the machine" in text
+
+
 def test_the_other_forms_hold_the_same(report: Report) -> None:
     lines = report.text("md").splitlines()
     assert lines[2] == "| tokens | m | 3k | 1 | float32 | 2,000 | 33 % | 3 | 4 | 3 MiB | 50 % | 2.00 | failed |"

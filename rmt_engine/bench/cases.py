@@ -33,7 +33,8 @@ def text(session: Session, tokens: int, limits: Limits) -> Row:
     path, row.amount = _text_file(session, tokens)
     sample, length = _text_file(session, session.prefix)
     reader, engine = session.engine_reader, session.engine
-    seconds, _, found = timed(reader.text(sample), session.device)
+    once = timed(reader.text(sample), session.device)
+    found = once.output
 
     def check() -> str:
         ids = torch.from_numpy(engine.tokenizer.encode(sample.read_text(encoding="utf-8")))
@@ -42,7 +43,7 @@ def text(session: Session, tokens: int, limits: Limits) -> Row:
         error = relative_error(found, expected)
         return "" if error <= TOLERANCES[session.dtype] else f"the memory state is off by {error:.2g} of forward's"
 
-    session.case(row, reader.text(path), check, seconds / length * row.amount, limits)
+    session.case(row, reader.text(path), check, once.seconds / length * row.amount, limits)
     row.engine.floor = session.floors.stream(row.amount, 1)
     if limits.memory and row.engine.seconds:
         row.engine.memory = peak_memory(session.setup, ENGINE, 1, 0, path)
@@ -66,7 +67,7 @@ def tokenize(session: Session, tokens: int, limits: Limits) -> Row:
         same = np.array_equal(found, tokenizer.encode(path.read_text(encoding="utf-8")))
         return "" if same else "the streamed tokens are not those of the whole text"
 
-    estimate = timed(run, session.device)[0]
+    estimate = timed(run, session.device).seconds
     return session.case(row, run, check, estimate, limits)
 
 
@@ -88,7 +89,7 @@ def ask(session: Session, limits: Limits) -> Row:
         found = answer(session.engine.resume(path))
         return "" if found == expected else f"resumed it answers {found!r}, before it {expected!r}"
 
-    return session.case(row, run, check, timed(run, session.device)[0], limits)
+    return session.case(row, run, check, timed(run, session.device).seconds, limits)
 
 
 def _answering(session: Session) -> Callable[[Stream], object]:
@@ -127,7 +128,7 @@ def state(session: Session, limits: Limits) -> Iterator[Row]:
         row = _row(session, name, None)
         row.amount = OPERATIONS
         run = _repeated(operation)
-        yield session.case(row, run, check, timed(run, session.device)[0], limits)
+        yield session.case(row, run, check, timed(run, session.device).seconds, limits)
 
 
 def _repeated(operation: Callable[[], object]) -> Callable[[OnStep], None]:

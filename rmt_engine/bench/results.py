@@ -14,6 +14,7 @@ from rmt_engine.bench.readers import ENGINE
 from rmt_engine.progress import human
 
 MEASURED, FAILED, LEFT_OUT = "measured", "failed", "left out"
+DISTURBED = 1.2
 UNITS = {"ask": "ms", "save": "1/s", "resume": "1/s", "fork": "1/s"}  # of the others: tokens/s
 
 
@@ -21,6 +22,7 @@ UNITS = {"ask": "ms", "save": "1/s", "resume": "1/s", "fork": "1/s"}  # of the o
 class Result:
     """One reader's times in one row; one entry of each list a repetition.
 
+    cpu_seconds: on a CPU, the processor time of all threads.
     error: relative difference from the truth that the check found; floor: seconds of one repetition at least; memory:
     bytes at the peak; holds: bytes that grow with the text and are held at its end at least, by the shapes. Unless it
     is `measured` there are no seconds, and `reason` says why.
@@ -30,6 +32,7 @@ class Result:
     status: str = MEASURED
     reason: str = ""
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     start_ms: list[float] = field(default_factory=list)
     end_ms: list[float] = field(default_factory=list)
     memory: int | None = None
@@ -47,6 +50,12 @@ class Result:
         if len(self.seconds) < 2 or self.median is None:
             return None
         return (max(self.seconds) - min(self.seconds)) / 2 / self.median
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other processes had the processors meanwhile: much more wall time than processor time."""
+        waited = [wall > DISTURBED * cpu for wall, cpu in zip(self.seconds, self.cpu_seconds, strict=False)]
+        return 2 * sum(waited) > len(self.seconds)
 
     @property
     def share(self) -> float | None:
@@ -209,6 +218,8 @@ def _against(row: Row, name: str) -> str:
 def _notes(rows: Iterable[Row]) -> Iterable[str]:
     for row in rows:
         for result in row.results:
+            if result.disturbed:
+                yield f"{row.title}, {result.name}: the machine was busy with something else in most repetitions"
             if result.reason:
                 yield f"{row.title}, {result.name} {result.status}: {result.reason}"
 

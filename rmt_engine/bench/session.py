@@ -179,6 +179,8 @@ class Session:
             result = row.of(name)
             assert result is not None
             _set(result, timing)
+            if self.device.type != "cpu":
+                result.cpu_seconds = []
 
     def _leave_out(self, row: Row, name: str, reason: str) -> None:
         result = row.of(name)
@@ -204,7 +206,8 @@ class Session:
         ids = random_ids(self.loaded, batch, self.prefix)
         run = who.stream(ids)
         for _ in range(WARM_UPS):
-            seconds, _, output = timed(run, self.device)
+            once = timed(run, self.device)
+        output = once.output
         assert output is not None
         rows = sorted({0, batch - 1})
         if isinstance(who, LoopReader) and name == "full-attention":
@@ -215,7 +218,7 @@ class Session:
         if not error <= tolerance:
             reason = f"its result is off by {error:.2g} of the true one; at most {tolerance:g} was expected"
             return Checked(Result(name, FAILED, reason, error=error))
-        return Checked(Result(name, error=error), who, seconds)
+        return Checked(Result(name, error=error), who, once.seconds)
 
     def _truth(self, ids: np.ndarray) -> Tensor:
         """The memory state by the fp32 statements of every operation (backend `ref`)."""
@@ -261,7 +264,8 @@ def _set(result: Result, timing: Timing) -> None:
         what = "its repetitions differ in bits" if timing.finite else "its result is not finite"
         result.status, result.reason = FAILED, what
         return
-    result.seconds, result.start_ms, result.end_ms = timing.seconds, timing.start_ms, timing.end_ms
+    result.seconds, result.cpu_seconds = timing.seconds, timing.cpu_seconds
+    result.start_ms, result.end_ms = timing.start_ms, timing.end_ms
 
 
 def _available(device: torch.device) -> int:

@@ -16,20 +16,35 @@ Run = Callable[[OnStep], Tensor | None]  # reads everything once; what it gives 
 STEPS = 1000  # steps at each end of a stream whose median is its speed there
 
 
+@dataclass(frozen=True)
+class Once:
+    """One run. seconds, cpu_seconds: wall and processor time; steps: when each step ended; output: what it gave."""
+
+    seconds: float
+    cpu_seconds: float
+    steps: Sequence[float]
+    output: Tensor | None
+
+
 @dataclass
 class Timing:
-    """One entry a repetition; start_ms and end_ms have none where there were no steps. same: all gave the same bits."""
+    """One entry a repetition; start_ms and end_ms have none where there were no steps. same: all gave the same bits.
+
+    cpu_seconds: processor time of all threads, which a busy machine does not change.
+    """
 
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     start_ms: list[float] = field(default_factory=list)
     end_ms: list[float] = field(default_factory=list)
     finite: bool = True
     same: bool = True
     first: Tensor | None = field(default=None, repr=False)
 
-    def add(self, seconds: float, steps: Sequence[float], output: Tensor | None) -> None:
-        self.seconds.append(seconds)
-        ends = ms_at_ends(steps)
+    def add(self, once: Once) -> None:
+        self.seconds.append(once.seconds)
+        self.cpu_seconds.append(once.cpu_seconds)
+        ends, output = ms_at_ends(once.steps), once.output
         if ends is not None:
             self.start_ms.append(ends[0])
             self.end_ms.append(ends[1])
@@ -46,18 +61,17 @@ def interleaved(runs: Mapping[str, Run], repetitions: int, device: torch.device)
     for repetition in range(repetitions):
         turn = repetition % len(names)
         for name in names[turn:] + names[:turn]:
-            timings[name].add(*timed(runs[name], device))
+            timings[name].add(timed(runs[name], device))
     return timings
 
 
-def timed(run: Run, device: torch.device) -> tuple[float, list[float], Tensor | None]:
-    """Seconds, when each step ended, and what the run gave."""
+def timed(run: Run, device: torch.device) -> Once:
     steps: list[float] = []
     _wait(device)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     output = run(lambda: steps.append(time.perf_counter()))
     _wait(device)
-    return time.perf_counter() - start, steps, output
+    return Once(time.perf_counter() - start, time.process_time() - cpu_start, steps, output)
 
 
 def _wait(device: torch.device) -> None:
