@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rmt_engine.engine import Engine
 
 # Rows of a batch on a CPU. In fp32 it gains what its calls cost, and loses that again when its activations leave the
-# core's own cache: measured with the embedded checkpoint (docs/perf_log.md). In half precision calls weigh more.
+# core's own cache: measured by benchmarks/slots.py. In half precision calls weigh more.
 CPU_ROWS = {torch.float32: 256, torch.bfloat16: 1024, torch.float16: 1024}
 MOST_SLOTS = 64
 MEMORY_SHARE = 0.5  # of what is free
