@@ -51,13 +51,13 @@ thread_local Scratch scratch;
 inline Vec load_some(const float* from, int64_t count) {
   if (count >= kLanes) return load_vec(from);
   float all[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) all[i] = from[i];
+  for (int64_t i = 0; i < count && i < kLanes; ++i) all[i] = from[i];
   return load_vec(all);
 }
 
 inline void store_some(float* to, Vec value, int64_t count) {
   if (count >= kLanes) return store_vec(to, value);
-  for (int64_t i = 0; i < count; ++i) to[i] = value[i];
+  for (int64_t i = 0; i < count && i < kLanes; ++i) to[i] = value[i];
 }
 
 template <int64_t R>
@@ -83,7 +83,11 @@ struct Tile {
 
   template <class F>
   void apply(F&& f) {
-    RMT_UNROLL for (int64_t r = 0; r < R; ++r) sums[r][0] = f(sums[r][0]), sums[r][1] = f(sums[r][1]);
+    Vec all[R][2];  // a loop over memory: unrolled, six activations of every tile would be most of this file
+    RMT_UNROLL for (int64_t r = 0; r < R; ++r) all[r][0] = sums[r][0], all[r][1] = sums[r][1];
+#pragma GCC unroll 1
+    for (int64_t r = 0; r < R; ++r) all[r][0] = f(all[r][0]), all[r][1] = f(all[r][1]);
+    RMT_UNROLL for (int64_t r = 0; r < R; ++r) sums[r][0] = all[r][0], sums[r][1] = all[r][1];
   }
 
   void scale(const float* factors) {
@@ -106,18 +110,23 @@ struct Tile {
   }
 };
 
-// Calls f with a Tile of `rows` rows, 1 ≤ rows ≤ R.
-template <int64_t R = kRows, class F>
-inline void with_tile(int64_t rows, F&& f) {
-  if constexpr (R == 1) {
-    Tile<1> tile;
-    f(tile);
-  } else if (rows == R) {
-    Tile<R> tile;
-    f(tile);
-  } else {
-    with_tile<R - 1>(rows, f);
+template <int64_t R, class F>
+inline int64_t as_tile(F&& f) {
+  Tile<R> tile;
+  f(tile);
+  return R;
+}
+
+// Calls f with the greatest Tile of at most `rows` rows, and returns how many those are. A few sizes, not all: each is
+// compiled anew wherever it is used.
+template <class F>
+inline int64_t with_tile(int64_t rows, F&& f) {
+  if (rows >= kRows) return as_tile<kRows>(f);
+  if constexpr (kRows > 8) {
+    if (rows >= 8) return as_tile<8>(f);
   }
+  if (rows >= 4) return as_tile<4>(f);
+  return rows >= 2 ? as_tile<2>(f) : as_tile<1>(f);
 }
 
 // ------------------------------------------------------------------------------------------------------- linear
@@ -220,9 +229,9 @@ void linear_step(const LinearArgs& args, const float* copy, int64_t row, int64_t
   for (; panel < last; ++panel) {
     const float* weight = args.weight + (panel * args.inputs + from) * kPanel;
     const int64_t column = panel * kPanel, width = args.outputs - column;
-    for (int64_t done = 0; done < rows; done += kRows) {
+    for (int64_t done = 0; done < rows;) {
       float* out = args.out + (row + done) * args.out_stride + column;
-      with_tile(smaller(rows - done, kRows), [&](auto& tile) {
+      done += with_tile(rows - done, [&](auto& tile) {
         if (from == 0) {
           tile.clear();
         } else {
@@ -277,21 +286,6 @@ void copy_head(const T* from, int64_t head_dim, const float* cos, const float* s
   }
 }
 
-// The first `width` columns of a tile, in the caller's type.
-template <class T, int64_t R>
-inline void store_as(T* to, int64_t stride, int64_t width, const Tile<R>& tile) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    tile.store(to, stride, width);
-  } else {
-    for (int64_t r = 0; r < R; ++r) {
-      float values[kPanel];
-      store_vec(values, tile.sums[r][0]);
-      store_vec(values + kLanes, tile.sums[r][1]);
-      for (int64_t i = 0; i < smaller(kPanel, width); ++i) narrow(values[i], to + r * stride + i);
-    }
-  }
-}
-
 inline int64_t keys_of(const AttentionArgs& args, int64_t slot) { return args.past.of(slot) + args.length.of(slot); }
 
 // Keys or values of one head as fp32 rows: those of the caller where they are that already, else a copy.
@@ -322,13 +316,15 @@ struct Buffers {
   float* row;      // [width]
   float* queries;  // [head_dim, kPanel]
   float* weights;  // [keys, kPanel]
+  float* out;      // [kPanel, width]
 
   Buffers(const AttentionArgs& args, int64_t most_keys) : width(pieces(args.head_dim, kPanel) * kPanel) {
-    keys = scratch.floats((most_keys + 1) * (2 * width + kPanel) + width * kPanel);
+    keys = scratch.floats(most_keys * (2 * width + kPanel) + width * (1 + 2 * kPanel));
     values = keys + most_keys * width;
     row = values + most_keys * width;
     queries = row + width;
-    weights = queries + width * kPanel;
+    out = queries + width * kPanel;
+    weights = out + width * kPanel;
   }
 };
 
@@ -363,6 +359,32 @@ Shares softmax(float* scores, int64_t keys, int64_t first) {
   return shares;
 }
 
+// `at.queries`, of which the first `count` are rows first, first + 1, …, against keys [0, most) -> at.out.
+void attend_panel(const AttentionArgs& args, int64_t first, int64_t count, int64_t most, HeadRows keys, HeadRows values,
+                  const Buffers& at) {
+  for (int64_t j = 0; j < most;) {
+    j += with_tile(most - j, [&](auto& tile) {
+      tile.clear();
+      tile.multiply(keys.data + j * keys.stride, keys.stride, 1, at.queries, kPanel, args.head_dim);
+      tile.store(at.weights + j * kPanel, kPanel, kPanel);
+    });
+  }
+  float shares[kPanel];
+  const Shares found = softmax(at.weights, most, args.causal ? first : most);
+  store_vec(shares, found.halves[0]);
+  store_vec(shares + kLanes, found.halves[1]);
+  for (int64_t i = 0; i < count;) {
+    i += with_tile(count - i, [&](auto& tile) {
+      for (int64_t d = 0; d < at.width; d += kPanel) {
+        tile.clear();
+        tile.multiply(at.weights + i, 1, kPanel, values.data + d, values.stride, most);
+        tile.scale(shares + i);
+        tile.store(at.out + i * at.width + d, at.width, kPanel);
+      }
+    });
+  }
+}
+
 // Query rows [row, row + count) of one head, count ≤ kPanel.
 template <class T>
 void attend_rows(const AttentionArgs& args, int64_t slot, int64_t head, int64_t row, int64_t count, HeadRows keys,
@@ -374,27 +396,10 @@ void attend_rows(const AttentionArgs& args, int64_t slot, int64_t head, int64_t 
     if (i < count) copy_head(q + i * args.q_row, width, args.cos, args.sin, first + i, args.scale, at.row);
     for (int64_t d = 0; d < width; ++d) at.queries[d * kPanel + i] = i < count ? at.row[d] : 0.0f;
   }
-  for (int64_t j = 0; j < most; j += kRows) {
-    with_tile(smaller(most - j, kRows), [&](auto& tile) {
-      tile.clear();
-      tile.multiply(keys.data + j * keys.stride, keys.stride, 1, at.queries, kPanel, width);
-      tile.store(at.weights + j * kPanel, kPanel, kPanel);
-    });
-  }
-  float shares[kPanel];
-  const Shares found = softmax(at.weights, most, args.causal ? first : most);
-  store_vec(shares, found.halves[0]);
-  store_vec(shares + kLanes, found.halves[1]);
+  attend_panel(args, first, count, most, keys, values, at);
   T* out = static_cast<T*>(args.out) + ((slot * args.rows + row) * args.heads + head) * width;
-  for (int64_t i = 0; i < count; i += kRows) {
-    for (int64_t d = 0; d < width; d += kPanel) {
-      with_tile(smaller(count - i, kRows), [&](auto& tile) {
-        tile.clear();
-        tile.multiply(at.weights + i, 1, kPanel, values.data + d, values.stride, most);
-        tile.scale(shares + i);
-        store_as(out + i * args.heads * width + d, args.heads * width, width - d, tile);
-      });
-    }
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t d = 0; d < width; ++d) narrow(at.out[i * at.width + d], out + i * args.heads * width + d);
   }
 }
 
