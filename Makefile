@@ -23,7 +23,7 @@ has_headers = -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + 
 has_compiler = set -- $${CXX:-g++} && command -v "$$1"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-gpu test-gpu-sanitize kernels-report bench figures tune test-native test-native-sanitize campaign lint format clean
+.PHONY: help setup run test test-gpu test-gpu-sanitize bench-gpu kernels-report bench figures tune test-native test-native-sanitize campaign lint format clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ test-gpu: setup ## Run the tests that need a CUDA device
 
 test-gpu-sanitize: setup ## Run the kernels' tests on a CUDA device under compute-sanitizer
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(PY) -m pytest tests/triton_ops.py $(ARGS)
+
+bench-gpu: setup ## Measure everything on a CUDA device, in under 9 minutes; ARGS='--output FILE.json' names the result
+	$(PY) benchmarks/bench_gpu.py $(or $(ARGS),--output benchmarks/results/gpu.json)
 
 kernels-report: setup ## Compile every launch of the GPU kernels, without a GPU, and write kernels/REPORT.md
 	OMP_NUM_THREADS=1 $(PY) kernels/report.py $(ARGS)
