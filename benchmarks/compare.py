@@ -1,18 +1,18 @@
 """Compares a run of the pytest-benchmark suite with the committed one. `make bench` calls it.
 
-    python benchmarks/compare.py build/bench.json              exit code 1 where something has become slower
-    python benchmarks/compare.py build/bench.json --accept     make this run the one to compare with
+    python benchmarks/compare.py build/bench-*.json              exit code 1 where something has become slower
+    python benchmarks/compare.py build/bench-*.json --accept     make this run the one to compare with
 
-What is compared is the fastest round of each benchmark over the fastest calibration kernel beside it
-(`calibration.py`): another machine, or another clock, changes both. Above `THRESHOLD` times the committed ratio a
-benchmark fails, and so does one that is gone.
+What is compared is the fastest round of each benchmark, of all reports, over the fastest calibration kernel that ran
+between them (`calibration.py`): another machine changes both, and what else runs on it touches neither, if it lets one
+round of each alone. Above `THRESHOLD` times the committed ratio a benchmark fails, and so does one that is gone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,15 @@ def compare(then: Mapping[str, float], now: Mapping[str, float]) -> list[Change]
     return sorted(changes, key=lambda change: -(change.factor or float("inf")))
 
 
-def ratios(report: Mapping[str, Any]) -> dict[str, float]:
-    """From what pytest-benchmark wrote: name -> fastest round over the calibration kernel."""
-    return {
-        entry["fullname"].rpartition("/")[2]: entry["stats"]["min"] / entry["extra_info"]["calibration"]
-        for entry in report["benchmarks"]
-    }
+def ratios(reports: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """From what pytest-benchmark wrote, a report a pass: name -> fastest round over the fastest calibration kernel."""
+    entries = [entry for report in reports for entry in report["benchmarks"]]
+    calibration = min(entry["extra_info"]["calibration"] for entry in entries)
+    best: dict[str, float] = {}
+    for entry in entries:
+        name, seconds = entry["fullname"].rpartition("/")[2], entry["stats"]["min"]
+        best[name] = min(seconds, best.get(name, seconds))
+    return {name: seconds / calibration for name, seconds in best.items()}
 
 
 def failed(changes: list[Change], threshold: float, some: bool) -> list[Change]:
@@ -64,13 +67,13 @@ def failed(changes: list[Change], threshold: float, some: bool) -> list[Change]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=Path, help="written by pytest --benchmark-json")
+    parser.add_argument("reports", type=Path, nargs="+", help="written by pytest --benchmark-json, one a pass")
     parser.add_argument("--baseline", type=Path, default=BASELINE)
     parser.add_argument("--threshold", type=float, default=THRESHOLD, metavar="X", help=f"(default: {THRESHOLD})")
     parser.add_argument("--accept", action="store_true", help="write the baseline in place of comparing with it")
     parser.add_argument("--some", action="store_true", help="only a part of the suite was run")
     options = parser.parse_args()
-    now = ratios(json.loads(options.report.read_text(encoding="utf-8")))
+    now = ratios([json.loads(path.read_text(encoding="utf-8")) for path in options.reports])
     if options.accept:
         text = json.dumps({**about(), "unit": "calibration kernels", "ratios": now}, indent=1) + "\n"
         options.baseline.write_text(text, encoding="utf-8")
