@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints_for_tests import tiny_decoder, tiny_encoder
-from rmt_kernels.cost_model import ENCODERS, H200, Cost, Model, decode_step, segment_step
+from rmt_kernels.cost_model import CARDS, ENCODERS, H200, Card, Cost, Model, decode_step, segment_step
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
@@ -86,6 +86,21 @@ def test_a_decoded_row_waits_for_its_weights() -> None:
     cost = decode_step(GPT2, 512)
     assert H200.floor(cost) == cost.weight_bytes / H200.bandwidth
     assert H200.floor(Cost(790, 0, 0)) == pytest.approx(1e-12)
+
+
+def test_cards_are_named_with_where_their_figures_come_from() -> None:
+    step = segment_step(GPT2, 512)
+    assert CARDS["h100"].floor(step) < CARDS["h200"].floor(step) < CARDS["a100"].floor(step)
+    assert CARDS["a100"].floor(step) == step.flops / 312e12
+    assert [card.name.split(", ")[-1] for card in CARDS.values()] == ["measured", "published", "published"]
+
+
+def test_a_cpu_is_held_by_its_matrix_products() -> None:
+    """At a segment's rows a CPU of 200 GFLOP/s waits for arithmetic, at one row for weights."""
+    cpu = Card("two cores, fp32", flops=200e9, bandwidth=40e9)
+    step, row = segment_step(GPT2, 512, element_bytes=4), decode_step(GPT2, 512, element_bytes=4)
+    assert cpu.floor(step) == step.flops / cpu.flops == pytest.approx(0.459, abs=1e-3)
+    assert cpu.floor(row) == row.weight_bytes / cpu.bandwidth
 
 
 def test_an_unknown_model_is_refused() -> None:

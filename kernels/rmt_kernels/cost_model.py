@@ -75,7 +75,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Card:
-    """Dense FLOP/s in the model's dtype and bytes/s of the card's memory, both as measured."""
+    """Dense FLOP/s in the model's dtype and bytes/s of the memory, as measured or as published: the name says which.
+
+    Any machine is one, a CPU with its best matrix product too: `rmt_engine.bench` measures the one it runs on.
+    """
 
     name: str
     flops: float
@@ -86,7 +89,11 @@ class Card:
         return max(cost.flops / self.flops, cost.weight_bytes / self.bandwidth)
 
 
-H200 = Card("H200, bf16", flops=790e12, bandwidth=4.3e12)
+H200 = Card("H200, bf16, measured", flops=790e12, bandwidth=4.3e12)
+# From the vendor's data sheets, SXM, without sparsity: no kernel reaches them, so shares of their floors look small.
+H100 = Card("H100, bf16, published", flops=989e12, bandwidth=3.35e12)
+A100 = Card("A100, bf16, published", flops=312e12, bandwidth=2.039e12)
+CARDS = {"h200": H200, "h100": H100, "a100": A100}
 
 
 def _visible(model: Model, rows: int, keys: int) -> int:
