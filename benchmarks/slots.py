@@ -31,6 +31,7 @@ from rmt_engine.layouts import padded
 from rmt_engine.slot_count import batch_size
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}  # of a memory state, side by side against alone
+BATCHES = (1, 2, 4, 8, 16)
 GOAL = {"float32": 1.0, "bfloat16": 1.25}
 
 
@@ -93,6 +94,13 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
+def fold_seconds(engine: Engine, slots: int) -> Callable[[], float]:
+    """-> the time of folding one segment in each of so many slots, whatever batches `run_many` takes."""
+    ids = torch.ones(slots, engine.config.segment_size, dtype=torch.int64)
+    memory = engine.initial_memory(slots)
+    return lambda: timed(lambda: engine.executor.fold(ids, memory))
+
+
 def timed(call: Callable[[], object]) -> float:
     start = clock()
     call()
@@ -110,8 +118,12 @@ def measure(dtype: str, count: int, segments: int, rounds: int) -> dict[str, Any
         "batch_invariant": lambda: side_by_side(engine, texts, batch_invariant=True),
     }
     bounds = {"one slot": gemm_seconds(engine, 1), "batch": gemm_seconds(engine, batch)}
+    folds = {size: fold_seconds(engine, size) for size in BATCHES}
     times: dict[str, list[float]] = {name: [] for name in [*ways, *bounds]}
+    best_fold = dict.fromkeys(BATCHES, float("inf"))
     for _ in range(rounds):
+        for _ in range(5):
+            best_fold = {size: min(best_fold[size], fold()) for size, fold in folds.items()}
         for name, way in ways.items():
             times[name].append(timed(way))
         for name, bound in bounds.items():
@@ -128,6 +140,7 @@ def measure(dtype: str, count: int, segments: int, rounds: int) -> dict[str, Any
         "tokens_per_second": {name: round(tokens / min(times[name])) for name in ways},
         "ms_per_segment": {name: 1e3 * min(times[name]) / folded for name in ways},
         "gemm_ms_per_segment": {"one slot": 1e3 * min(times["one slot"]), "batch": 1e3 * min(times["batch"]) / batch},
+        "fold_ms_per_segment": {size: 1e3 * seconds / size for size, seconds in best_fold.items()},
         "gflop_per_segment": cost.flops / 1e9,
         "speedup": {
             name: statistics.median(a / b for a, b in zip(times["one after another"], times[name], strict=True))
@@ -143,6 +156,9 @@ def show(row: dict[str, Any]) -> None:
         speedup = f"  {row['speedup'][name]:.2f}×" if name in row["speedup"] else ""
         print(f"  {name:<18} {seconds:7.3f} s  {row['ms_per_segment'][name]:6.3f} ms per segment{speedup}")
     alone, batched = row["gemm_ms_per_segment"].values()
+    print(
+        "  a fold in batches of", ", ".join(f"{size}: {ms:.3f} ms" for size, ms in row["fold_ms_per_segment"].items())
+    )
     print(f"  GEMM bound         {alone:.3f} ms per segment alone, {batched:.3f} in a batch: {alone / batched:.2f}×")
 
 
