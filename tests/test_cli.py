@@ -204,6 +204,63 @@ def test_a_terminal_that_knows_only_ascii(
             assert b"memory state: 4 \\xd7 32, the same at any length\n" in written.getvalue()
 
 
+# -------------------------------------------------------------------------------------------------- answers
+
+SAMPLED = ["--temperature", "2.5", "--top-k", "40", "--top-p", "0.9", "--repetition-penalty", "1.2", "--seed", "3"]
+SAMPLING = {"temperature": 2.5, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 3}
+
+
+def test_answers_are_sampled_stopped_and_rolled_as_in_python(
+    run: Run, decoder_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    engine = Engine.from_pretrained(decoder_folder, device="cpu")
+    stream = engine.stream()
+    stream.feed(TEXT)
+    free = stream.ask("Who?", 30, **SAMPLING)
+    stop = free[5:7]
+    state = tmp_path / "s.state"
+    base = ["run", "--input", text, "--model", decoder_folder, "--json", "--max-new-tokens"]
+    result = run(*base, 30, "--ask", "Who?", "--ask", "What?", "--generate", 9, "--save-state", state, *SAMPLED).json
+    assert [entry["answer"] for entry in result["answers"]] == [
+        free.strip(),
+        stream.ask("What?", 30, **SAMPLING).strip(),
+    ]
+    assert result["generated"] == stream.generate(9, **SAMPLING)
+    stopped = run(*base, 30, "--ask", "Who?", "--stop", "never there", "--stop", stop, *SAMPLED).json
+    assert stopped["answers"][0]["answer"] == free[: free.index(stop)].strip()
+    rolled = run(*base, 300, "--ask", "Who?", "--roll").json
+    assert rolled["answers"][0]["answer"] == stream.ask("Who?", 300, roll=True).strip()
+    asked = run("ask", "--resume", state, "--model", decoder_folder, "--json", "--max-new-tokens", 30, "Who?", *SAMPLED)
+    assert asked.json["answers"][0]["answer"] == free.strip()
+
+
+def test_answers_are_printed_as_they_come(
+    run: Run, decoder_folder: Path, text: Path, tmp_path: Path, answers: Callable[..., str]
+) -> None:
+    state = tmp_path / "s.state"
+    base = ["run", "--input", text, "--model", decoder_folder, "--ask", "Who?", "--ask", "Where?", "--generate", 7]
+    plain, pieces = run(*base, "--save-state", state), run(*base, "--stream")
+    whole = [line.rstrip() for line in plain.out.splitlines() if not line.startswith("saved: ")]
+    assert pieces.code == 0 and [line.rstrip() for line in pieces.out.splitlines()[1:]] == whole[1:]
+    asked = run("ask", "--resume", state, "--model", decoder_folder, "--stream", "Who?")
+    assert asked.code == 0 and asked.out.rstrip() == f"Who?  {answers('Who?')}".rstrip()
+
+
+def test_what_cannot_be_answered_is_said_before_reading(run: Run, decoder_folder: Path) -> None:
+    """The input is not even there."""
+    base = ["run", "--input", "nowhere.txt", "--model", decoder_folder]
+    for more, words in (
+        (["--ask", "Who?", "--max-new-tokens", 120], "max_new_tokens=120 does not fit: 4 memory tokens and "),
+        (["--generate", 124], "max_new_tokens=124 does not fit: 4 memory tokens and 1 tokens of text"),
+        (["--ask", "Who? " * 9], "the question 'Who? Who? "),
+        (["--ask", "Who?", "--temperature", -1], "temperature must be at least 0; got -1.0"),
+        (["--ask", "Who?", "--stop", ""], "stop must be a sequence of strings that are not empty"),
+    ):
+        result = run(*base, *more)
+        assert result.code == 2 and result.err.startswith(f"rmt-engine: {words}"), result.err
+    assert run(*base, "--ask", "Who?", "--max-new-tokens", 120, "--roll").code == 1
+
+
 # ---------------------------------------------------------------------------------------- convert, inspect
 
 
