@@ -7,7 +7,8 @@ measured: the engine at every length, full attention (the Hugging Face modules w
 as the next length would stay below `--limit` seconds. Beyond, its seconds are what the cost model makes of the last
 measured length, marked `"seconds_by": "model"`. The engine's are the median block of 16 segments times their number, a
 block of each length in turn; those of full attention the best of `--repeats`. Before anything is timed, memory state
-and logits are compared with those of the Hugging Face modules.
+and logits are compared with those of the Hugging Face modules. On a machine that others use, `--threads 1 --clock cpu`
+counts the time that this process had a core.
 
 FLOPs and seconds per token are flat where the largest is within 5 % of the smallest; else the exit code is 1.
 """
@@ -40,6 +41,8 @@ BLOCK = 16  # segments that are timed together
 FLAT = 0.05  # of seconds and FLOPs per token, from the shortest to the longest text
 TOLERANCE = 1e-3
 Weights = dict[str, Tensor]
+Clock = Callable[[], float]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass
@@ -79,19 +82,19 @@ def full_flops(config: RMTConfig, tokens: int) -> int:
 # ------------------------------------------------------------------------------------------------------------- timing
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
+def seconds_of(work: Callable[[], object], device: torch.device, clock: Clock) -> float:
+    start = clock()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 class Reader:
     """One length, read block by block; a text that is at its end begins again."""
 
-    def __init__(self, engine: Engine, ids: Tensor, segments: int):
-        self.engine, self.ids, self.segments = engine, ids, segments
+    def __init__(self, engine: Engine, ids: Tensor, segments: int, clock: Clock):
+        self.engine, self.ids, self.segments, self.clock = engine, ids, segments, clock
         self.position = 0
         self.memory = engine.initial_memory()
         self.times: list[float] = []  # seconds of a segment, one for each block
@@ -100,7 +103,7 @@ class Reader:
         if self.position == self.segments:
             self.position, self.memory = 0, self.engine.initial_memory()
         count = min(BLOCK, self.segments - self.position)
-        self.times.append(seconds_of(partial(self._fold, count), self.engine.device) / count)
+        self.times.append(seconds_of(partial(self._fold, count), self.engine.device, self.clock) / count)
         self.position += count
 
     def _fold(self, count: int) -> None:
@@ -108,21 +111,23 @@ class Reader:
             self.memory = self.engine.executor.fold(self.ids, self.memory)
 
 
-def time_recurrent(engine: Engine, lengths: list[int]) -> dict[int, float]:
+def time_recurrent(engine: Engine, lengths: list[int], clock: Clock) -> dict[int, float]:
     """Seconds of each number of segments: as many times the median block of them.
 
     A block of each length in turn, until the longest is read: whatever else the machine does, it does to all of them.
     """
     ids = random_ids(engine, engine.config.segment_size)
-    readers = [Reader(engine, ids, segments) for segments in lengths]
-    Reader(engine, ids, BLOCK).read_block()  # warms up
+    readers = [Reader(engine, ids, segments, clock) for segments in lengths]
+    Reader(engine, ids, BLOCK, clock).read_block()  # warms up
     for _ in range(-(-max(lengths) // BLOCK)):
         for reader in readers:
             reader.read_block()
     return {reader.segments: statistics.median(reader.times) * reader.segments for reader in readers}
 
 
-def time_full(engine: Engine, weights: Weights, lengths: list[int], limit: float, repeats: int) -> dict[int, float]:
+def time_full(
+    engine: Engine, weights: Weights, lengths: list[int], limit: float, repeats: int, clock: Clock
+) -> dict[int, float]:
     """Best seconds of each length that is expected to take at most `limit` seconds; always of the shortest."""
     config, size = engine.config, engine.config.segment_size
     best: dict[int, float] = {}
@@ -135,7 +140,7 @@ def time_full(engine: Engine, weights: Weights, lengths: list[int], limit: float
                 break
         model = build("full-attention", config, weights, dtype=engine.dtype, device=engine.device, longest=tokens)
         read = partial(model, random_ids(engine, tokens))
-        best[segments] = min(seconds_of(read, engine.device) for _ in range(repeats))
+        best[segments] = min(seconds_of(read, engine.device, clock) for _ in range(repeats))
     return best
 
 
@@ -164,15 +169,17 @@ def check(engine: Engine, weights: Weights) -> None:
         raise SystemExit(f"results differ by {apart:.2g}: nothing is timed")
 
 
-def measure(engine: Engine, weights: Weights, lengths: list[int], limit: float, repeats: int) -> dict[str, list[Row]]:
+def measure(
+    engine: Engine, weights: Weights, lengths: list[int], limit: float, repeats: int, clock: Clock = time.perf_counter
+) -> dict[str, list[Row]]:
     config, size = engine.config, engine.config.segment_size
     model, item = Model.of(config.backbone), engine.executor.initial.element_size()
     state = engine.executor.initial.numel() * 4
     recurrent = [
         Row(n * size, recurrent_flops(config, n), seconds, "measured", state)
-        for n, seconds in time_recurrent(engine, lengths).items()
+        for n, seconds in time_recurrent(engine, lengths, clock).items()
     ]
-    timed = time_full(engine, weights, lengths, limit, repeats)
+    timed = time_full(engine, weights, lengths, limit, repeats, clock)
     longest = max(timed)
     full = []
     for n in lengths:
@@ -209,6 +216,7 @@ def main() -> int:
     )
     parser.add_argument("--repeats", type=count, default=3, metavar="N")
     parser.add_argument("--threads", type=count, default=1, metavar="N")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: the time of all threads together")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=Path, metavar="FILE")
@@ -222,14 +230,20 @@ def main() -> int:
     weights = dict(checkpoint.load(path)[1])
     check(engine, weights)
     lengths = sorted(set(options.segments))
-    rows = measure(engine, weights, lengths, options.limit, options.repeats)
+    rows = measure(engine, weights, lengths, options.limit, options.repeats, CLOCKS[options.clock])
     show(rows)
     ours = [row.to_dict() for row in rows["recurrent"]]
     flat = {key: spread([row[key] for row in ours]) for key in ("flops_per_token", "seconds_per_token")}
     for key, value in flat.items():
         print(f"recurrent, {key.replace('_', ' ')}: {100 * value:.1f} % from the smallest to the largest")
     if options.output:
-        result = {**made_by, "threads": options.threads, "dtype": str(engine.dtype), "device": str(engine.device)}
+        result = {
+            **made_by,
+            "threads": options.threads,
+            "clock": options.clock,
+            "dtype": str(engine.dtype),
+            "device": str(engine.device),
+        }
         tables = {name: [row.to_dict() for row in table] for name, table in rows.items()}
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps({**result, "spread": flat, **tables}, indent=1) + "\n", encoding="utf-8")
