@@ -369,7 +369,7 @@ void attend_panel(const AttentionArgs& args, int64_t first, int64_t count, int64
       tile.store(at.weights + j * kPanel, kPanel, kPanel);
     });
   }
-  float shares[kPanel + kRows];  // room for a whole tile
+  float shares[kPanel + kRows] = {};  // room for a whole tile
   const Shares found = softmax(at.weights, most, args.causal ? first : most);
   store_vec(shares, found.halves[0]);
   store_vec(shares + kLanes, found.halves[1]);
