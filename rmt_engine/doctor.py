@@ -18,6 +18,7 @@ from rmt_kernels import dispatch
 from rmt_engine import _C, checkpoint
 from rmt_engine.checkpoint.loading import is_converted
 from rmt_engine.config import RMTConfig
+from rmt_engine.graph_plan import Sizes, first_keys, plan_graphs
 from rmt_engine.memory_plan import plan_memory
 from rmt_engine.recording import why_no_graphs
 
@@ -157,17 +158,24 @@ def examine_model(path: str | Path, device: torch.device, dtype: torch.dtype, **
     """A checkpoint's memory on this machine. Raises what `checkpoint.load` raises."""
     config, stored = _config(path, arguments)
     plan = plan_memory(config, dtype, stored, device=device.type)
+    graph_dtype = dtype if device.type == "cuda" else torch.bfloat16
+    sizes = Sizes.of(config, graph_dtype)
     free = system_memory()["free"] if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     return {
         "path": str(path),
         "model_type": config.model_type,
         "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": _name(dtype),
         "segment_size": config.segment_size,
         "num_mem_tokens": config.num_mem_tokens,
         "bytes": plan.to_dict(),
+        "graphs": {"dtype": _name(graph_dtype), **plan_graphs(sizes, first_keys(sizes)).to_dict()},
         "fits": None if free is None else plan.total <= free,
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _config(path: str | Path, arguments: Mapping[str, Any]) -> tuple[RMTConfig, torch.dtype]:
@@ -218,9 +226,28 @@ def _describe_model(model: Mapping[str, Any]) -> list[str]:
     head = f"{model['path']}: {model['model_type']}, {model['bytes']['parameters']:,} parameters"
     lines = ["", f"{head}; on {model['device']} in {model['dtype']} a stream takes"]
     lines += [f"{words:<26} {_size(model['bytes'][name])}" for name, words in WORDS.items()]
+    lines += _describe_graphs(model["graphs"])
     if model["fits"] is False:
         lines.append("this does not fit into the memory that is available now")
     return lines
+
+
+GRAPH_WORDS = {
+    "buffers": "static buffers",
+    "outputs": "results",
+    "workspace": "shared workspace",
+    "total": "in all",
+    "pinned": "pinned, of the host",
+}
+
+
+def _describe_graphs(graphs: Mapping[str, Any]) -> list[str]:
+    steps: dict[str, list[str]] = {}
+    for graph in graphs["graphs"]:
+        steps.setdefault(graph["step"], []).append(f"{graph['slots']}×{graph['segments']}")
+    listed = ", ".join(f"{step} {' and '.join(shapes)}" for step, shapes in steps.items())
+    lines = ["", f"captured on a GPU in {graphs['dtype']} when an engine is built (slots×segments): {listed}"]
+    return lines + [f"{words:<26} {_size(graphs[name])}" for name, words in GRAPH_WORDS.items()]
 
 
 def _size(size: int | None) -> str:

@@ -83,8 +83,14 @@ class GraphExecutor(EagerExecutor):
     def plan(self) -> GraphPlan:
         """What is recorded and not in use by an answer."""
         free = [recorded for answers in self._free_answers.values() for recorded in answers]
-        keys = tuple(key for recorded in (*self._steps.values(), *free) for key in recorded.recordings)
-        return plan_graphs(self.sizes, keys)
+        plans = [plan_graphs(self.sizes, tuple(recorded.recordings)) for recorded in (*self._steps.values(), *free)]
+        return GraphPlan(
+            keys=tuple(key for plan in plans for key in plan.keys),
+            buffers=sum(plan.buffers for plan in plans),
+            outputs=sum(plan.outputs for plan in plans),
+            workspace=max(plan.workspace for plan in plans),
+            pinned=sum(plan.pinned for plan in plans),
+        )
 
     def fold(self, ids: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Tensor:
         return self._side_by_side("fold", ids, memory, lengths)[0]

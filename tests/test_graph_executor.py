@@ -15,7 +15,7 @@ from rmt_engine.backbones import module_of
 from rmt_engine.errors import BackendError
 from rmt_engine.executors import EagerExecutor
 from rmt_engine.graph_executor import GraphExecutor
-from rmt_engine.graph_plan import GraphKey
+from rmt_engine.graph_plan import GraphKey, plan_graphs
 from rmt_engine.recording import CudaRecorder, HostRecorder, Recording, Work
 
 SEGMENT = 21  # odd: a place of the ring is wider than a segment
@@ -222,6 +222,22 @@ def test_nothing_is_recorded_twice() -> None:
             graph.fold(*inputs(eager, slots, text))
     assert recorder.recorded == at_first + 1
     assert GraphKey("fold", 4) in graph.plan.keys
+
+
+def test_buffers_are_as_large_as_planned(
+    decoder: tuple[GraphExecutor, EagerExecutor], encoder: tuple[GraphExecutor, EagerExecutor]
+) -> None:
+    for graph, _ in (decoder, encoder):
+        free = [recorded for answers in graph._free_answers.values() for recorded in answers]
+        all_recorded = [*graph._steps.values(), *{key.room: one for one in free for key in one.recordings}.values()]
+        keys = tuple(key for recorded in all_recorded for key in recorded.recordings)
+        held = [buffer for recorded in all_recorded for buffer in recorded.buffers.values()]
+        results = [
+            x for recorded in all_recorded for key in recorded.recordings for x in recorded.recordings[key].result
+        ]
+        plan = plan_graphs(graph.sizes, keys)
+        assert plan.buffers == sum(buffer.numel() * buffer.element_size() for buffer in held)
+        assert plan.outputs == sum(result.numel() * result.element_size() for result in results)
 
 
 def test_fewer_slots_where_memory_ends() -> None:
