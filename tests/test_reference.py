@@ -31,7 +31,10 @@ def test_segment_lengths_by_hand() -> None:
     assert segment_lengths(0, 10, "left") == []
 
 
-@pytest.mark.parametrize(("model_type", "rope"), [("gpt2", "default"), ("llama", "default"), ("llama", "llama3")])
+@pytest.mark.parametrize(
+    ("model_type", "rope"),
+    [("gpt2", "default"), ("llama", "default"), ("llama", "llama3"), ("gpt_neox", "default"), ("qwen3", "default")],
+)
 @pytest.mark.parametrize("length", [S, S + 1, 3 * S - 1])
 def test_generate_is_hugging_face_generate_after_the_memory(model_type: str, rope: str, length: int) -> None:
     tiny = tiny_decoder(model_type, seed=3, noise="all", rope=rope)
@@ -60,8 +63,9 @@ def test_a_segment_does_not_see_its_own_write_memory() -> None:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_padding_does_not_reach_the_encoder(length: int) -> None:
-    tiny = tiny_encoder(noise="all")
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_padding_does_not_reach_the_encoder(model_type: str, length: int) -> None:
+    tiny = tiny_encoder(model_type, noise="all")
     ids = text(length, ENCODER_VOCAB)
     tight, wide = tiny.reference(S, "left"), tiny.reference(S, "left")
     wide.input_size += 13
@@ -73,7 +77,11 @@ def test_special_tokens_are_dropped_unless_one_id_serves_two_purposes() -> None:
     tiny = tiny_encoder()
     content = tiny.reference(S).content([SPECIAL.cls, 7, 8, SPECIAL.sep, 9, SPECIAL.pad, SPECIAL.pad])
     assert content.tolist() == [7, 8, 9]
-    assert SpecialIds(pad=1, cls=0, sep=2, bos=0, eos=2).dropped() == {1}
+    roberta = tiny_encoder("roberta")
+    own = roberta.special
+    assert own == SpecialIds(pad=1, cls=0, sep=2, bos=0, eos=2) and own.dropped() == {1}
+    content = roberta.reference(S).content([own.cls, 7, own.pad, 8, own.sep, 9, own.pad])
+    assert content.tolist() == [own.cls, 7, 8, own.sep, 9]
 
 
 def test_memory_moves_and_matters() -> None:
