@@ -23,6 +23,9 @@ def is_many(options: argparse.Namespace) -> bool:
 
 def check(options: argparse.Namespace) -> None:
     """Raises ValueError for options that do not go together."""
+    unused = [name for name in decoding_options(options) if not (options.ask or options.generate)]
+    if unused:
+        raise ValueError(f"--{unused[0].replace('_', '-')} is for answers: give --ask Q or --generate N")
     if is_many(options):
         for name in ONE_INPUT:
             if getattr(options, name):

@@ -259,6 +259,8 @@ def test_what_cannot_be_answered_is_said_before_reading(run: Run, decoder_folder
         result = run(*base, *more)
         assert result.code == 2 and result.err.startswith(f"rmt-engine: {words}"), result.err
     assert run(*base, "--ask", "Who?", "--max-new-tokens", 120, "--roll").code == 1
+    unused = run(*base, "--top-p", 0.5)
+    assert (unused.code, unused.err) == (2, "rmt-engine: --top-p is for answers: give --ask Q or --generate N\n")
 
 
 # ---------------------------------------------------------------------------------------- convert, inspect

@@ -231,6 +231,13 @@ def test_a_slow_document_does_not_let_results_pile_up(monkeypatch: pytest.Monkey
     assert len(list(results)) == 99
 
 
+def test_answers_that_wait_for_each_other_do_not_stop_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer results may wait than are answered together."""
+    monkeypatch.setattr(slots, "WAITING", 3)
+    results = list(engine_of().run_many([random_ids(5 + n) for n in range(20)], slots=8, ask="who?", max_new_tokens=2))
+    assert [(result.index, len(result.answers)) for result in results] == [(n, 1) for n in range(20)]
+
+
 def test_leaving_early_closes_what_is_open(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text(TEXT * 20000)
     before = threading.active_count()
@@ -298,6 +305,27 @@ def test_bits_do_not_depend_on_the_neighbours() -> None:
         bits = [picture(results[place])[1:] for place in places]
         expected = expected or bits
         assert bits == expected
+
+
+@pytest.mark.parametrize("kind, alignment", [("gpt2", "left"), ("llama", "right"), ("bert", "center")])
+def test_batch_invariant_bits_are_those_of_a_stream(kind: str, alignment: str) -> None:
+    """Whatever the number of slots is."""
+    engine, expected = engine_of(kind, alignment), []
+    options: dict[str, Any] = {} if kind == "bert" else {"ask": "who?", "score": True, "max_new_tokens": 3}
+    for ids in documents():
+        stream = engine.stream(length=len(ids), score=bool(options))
+        stream.feed(ids)
+        asked = (stream.ask("who?", 3),) if options else ()
+        sums = stream.place.scores.sums() if stream.place.scores is not None else None
+        expected.append((stream.memory.tolist(), asked, sums, () if options else tuple(stream.classify())))
+    for count in (1, 3, 9):
+        found = []
+        for result in engine.run_many(documents(), slots=count, batch_invariant=True, **options):
+            assert result.stream is not None
+            scores = result.stream.place.scores
+            sums = None if scores is None else scores.sums()
+            found.append((result.stream.memory.tolist(), result.answers, sums, result.labels))
+        assert found == expected
 
 
 # ------------------------------------------------------------------------------------------- how many slots
