@@ -317,7 +317,7 @@ def test_a_busy_machine_is_told() -> None:
     )
     assert not calm.disturbed and busy.disturbed
     text = Report({}, [Row("tokens", "m", 1, "float32", 4000, 4000, [calm, busy])]).text("table")
-    assert text.count("the machine was busy") == 1 and "hf: the machine" in text
+    assert text.count("other work on this machine") == 1 and "hf waited" in text
 
 
 def test_the_other_forms_hold_the_same(report: Report) -> None:

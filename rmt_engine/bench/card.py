@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from rmt_kernels.cost_model import Card, Cost, Model, segment_step
 
 from rmt_engine.config import RMTConfig
 
-SIDES = {"cpu": (768, 1536), "cuda": (4096, 8192)}  # of square matrix products; the best one counts
+SIDES = {"cpu": (512, 2048), "cuda": (4096, 8192)}  # of square matrix products; the best one counts
 BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # more than a cache holds
-REPETITIONS = 7
+REPETITIONS = 10
 
 
 def measured_card(device: torch.device, dtype: torch.dtype) -> Card:
@@ -22,6 +22,11 @@ def measured_card(device: torch.device, dtype: torch.dtype) -> Card:
     products = max(_product(side, device, dtype) for side in SIDES[device.type])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return Card(f"{name}, {str(dtype).removeprefix('torch.')}", products, _bandwidth(device))
+
+
+def better(one: Card, other: Card) -> Card:
+    """The most that either of two measurements of one machine found."""
+    return replace(one, flops=max(one.flops, other.flops), bandwidth=max(one.bandwidth, other.bandwidth))
 
 
 def _product(side: int, device: torch.device, dtype: torch.dtype) -> float:

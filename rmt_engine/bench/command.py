@@ -54,8 +54,9 @@ def _rows(options: argparse.Namespace, report: Report, folder: Path) -> Iterator
         except BackendError as error:
             yield Row("all", title, 1, dtype, results=[Result(ENGINE, LEFT_OUT, str(error))])
             continue
-        cards[session.dtype_name] = session.floors.to_dict()
-        yield from _session_rows(options, session)
+        for row in _session_rows(options, session):
+            cards[session.dtype_name] = session.floors.to_dict()
+            yield row
 
 
 def _session_rows(options: argparse.Namespace, session: Session) -> Iterator[Row]:

@@ -53,7 +53,7 @@ class Result:
 
     @property
     def disturbed(self) -> bool:
-        """Whether other processes had the processors meanwhile: much more wall time than processor time."""
+        """Whether it waited, as for a disk or for other processes: much more wall time than processor time."""
         waited = [wall > DISTURBED * cpu for wall, cpu in zip(self.seconds, self.cpu_seconds, strict=False)]
         return 2 * sum(waited) > len(self.seconds)
 
@@ -219,7 +219,7 @@ def _notes(rows: Iterable[Row]) -> Iterable[str]:
     for row in rows:
         for result in row.results:
             if result.disturbed:
-                yield f"{row.title}, {result.name}: the machine was busy with something else in most repetitions"
+                yield f"{row.title}, {result.name} waited in most repetitions: a disk, or other work on this machine"
             if result.reason:
                 yield f"{row.title}, {result.name} {result.status}: {result.reason}"
 
