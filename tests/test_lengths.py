@@ -23,8 +23,11 @@ TOLERANCE = 1e-5  # of the greatest value: a slot alone, its text not padded
 Step = Callable[[EagerExecutor, Tensor, Tensor, Tensor | None], list[Tensor]]
 
 
+ENCODERS = ("bert", "roberta")
+
+
 def engine_of(kind: str, backend: str, device: str = "cpu") -> Engine:
-    make: Callable[..., TinyCheckpoint] = tiny_encoder if kind == "bert" else tiny_decoder
+    make: Callable[..., TinyCheckpoint] = tiny_encoder if kind in ENCODERS else tiny_decoder
     checkpoint = make(kind, seed=2, noise="all", layers=2)
     return Engine.from_weights(
         checkpoint.rmt_config(SEGMENT, "left"), checkpoint.weights(), device=device, dtype="float32", backend=backend
@@ -55,7 +58,7 @@ def answer(executor: EagerExecutor, ids: Tensor, memory: Tensor, lengths: Tensor
 
 
 def steps_of(kind: str) -> list[Step]:
-    return [fold, fold_with_logits, logits] if kind == "bert" else [fold, fold_with_logits, fold_with_scores, answer]
+    return [fold, fold_with_logits, logits] if kind in ENCODERS else [fold, fold_with_logits, fold_with_scores, answer]
 
 
 def texts(lengths: list[int], garbage: int, device: str) -> Tensor:
@@ -97,7 +100,7 @@ def check_lengths(engine: Engine, step: Step, numbers: list[int]) -> list[bool]:
 
 
 @pytest.mark.parametrize("backend", ["ref", "cpu"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama", "qwen3", "bert", "roberta"])
 def test_slots_of_different_lengths_are_each_alone(kind: str, backend: str) -> None:
     engine = engine_of(kind, backend)
     for step in steps_of(kind):
@@ -137,12 +140,12 @@ def check_replayed_decode(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("backend", ["ref", "cpu"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama", "qwen3"])
 def test_a_decode_step_can_be_replayed(kind: str, backend: str) -> None:
     check_replayed_decode(engine_of(kind, backend))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama", "qwen3", "bert"])
 def test_nothing_waits_for_a_number(kind: str) -> None:
     """On `meta` there are shapes and no numbers, and who asks for one fails: so a step can be captured and replayed."""
     engine = engine_of(kind, "ref")
