@@ -11,6 +11,6 @@ CSRC = Path(__file__).parent.parent / "csrc"
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_native():
-    result = subprocess.run(["make", "-C", CSRC, "test"], capture_output=True, text=True, timeout=300)
+    result = subprocess.run(["make", "-C", CSRC, "test"], capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " tests, 0 failed" in result.stdout
