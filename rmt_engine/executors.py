@@ -59,7 +59,8 @@ class EagerExecutor:
             return ids, lengths
         if lengths is None:
             lengths = torch.full((len(ids),), ids.shape[1], dtype=torch.int32, device=ids.device)
-        return F.pad(ids, (0, self.segment_size - ids.shape[1])), lengths
+        missing = self.segment_size - ids.shape[1]
+        return F.pad(ids, (0, missing)) if missing else ids, lengths
 
     @torch.inference_mode()
     def fold(self, ids: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -145,3 +145,26 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--output", str(tmp_path / "out.json")])
     assert bench_gpu.main() == 1
     assert "sees no CUDA device" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
+
+
+def test_the_kernels_of_the_measurements_compile() -> None:
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("interpreted kernels cannot be compiled")
+    import micro_kernels
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, Any], **options: Any) -> str:
+        constexprs = dict.fromkeys(constants, "constexpr")
+        source = ASTSource(kernel, signature | constexprs, constants, {})
+        options |= {"enable_fp_fusion": True}
+        return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+
+    for early in (False, True):
+        constants = {"BLOCK": 128, "EARLY": early}
+        ptx = compiled(micro_kernels.add_one_kernel, {"p_values": "*fp32"}, constants, launch_pdl=early)
+        assert ("griddepcontrol.wait" in ptx) is early
+    arguments = {"p_arrived": "*i32", "programs": "i32", "rounds": "i32"}
+    ptx = compiled(micro_kernels.barrier_kernel, arguments, {}, launch_cooperative_grid=True)
+    assert "acq_rel" in ptx and "acquire" in ptx

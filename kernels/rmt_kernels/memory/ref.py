@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ def entries(ids: Tensor, frame: Frame, rows: int, lengths: Tensor | None) -> Ten
     return torch.where((place >= 0) & (place < length), written, framed)
 
 
-@lru_cache(maxsize=64)
+@cache  # never dropped: captured graphs hold its address
 def table_of(frame: Frame, device: torch.device) -> Tensor:
     """The frame's entries and a 0 behind them, int64 on the device: made once, as a captured graph may not."""
     return torch.tensor((*frame.before, *frame.after, 0), dtype=torch.int64, device=device)
