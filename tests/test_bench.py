@@ -53,13 +53,14 @@ def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dic
 def test_a_decoder_beside_its_baselines(decoder_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     against = ["hf", "fair", "full-attention"]
     code, found = bench(
-        capsys, "--model", str(decoder_folder), "--lengths", "50,250", "--batch", "1,3", "--scope", "segment,tokens",
+        capsys, "--model", str(decoder_folder), "--lengths", "50,250", "--batch", "1,3,5", "--scope", "segment,tokens",
         "--against", ",".join(against),
     )  # fmt: skip
     assert code == 0
     assert [(row["scope"], row["tokens"], row["batch"]) for row in found["rows"]] == [
-        ("segment", 20, 1), ("segment", 20, 3),
+        ("segment", 20, 1), ("segment", 20, 3), ("segment", 20, 5),
         ("tokens", 50, 1), ("tokens", 250, 1), ("tokens", 50, 3), ("tokens", 250, 3),
+        ("tokens", 50, 5), ("tokens", 250, 5),
     ]  # fmt: skip
     for row in found["rows"]:
         expected = [ENGINE, *against] if row["scope"] == "tokens" else [ENGINE, *against[:2]]

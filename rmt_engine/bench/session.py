@@ -221,21 +221,21 @@ class Session:
         if isinstance(who, LoopReader) and name == "full-attention":
             error = relative_error(output[rows], self._whole_logits(who, ids[rows]))
         else:
-            error = relative_error(output[rows], self._truth(ids[rows]))
+            error = relative_error(output[rows], self._truth(ids[rows], batch))
         tolerance = TOLERANCES[self.dtype]
         if not error <= tolerance:
             reason = f"its result is off by {error:.2g} of the true one; at most {tolerance:g} was expected"
             return Checked(Result(name, FAILED, reason, error=error))
         return Checked(Result(name, error=error), who, once.seconds)
 
-    def _truth(self, ids: np.ndarray) -> Tensor:
-        """The memory state by the fp32 statements of every operation (backend `ref`)."""
-        if len(ids) not in self.truths:
+    def _truth(self, ids: np.ndarray, batch: int) -> Tensor:
+        """The memory state of those ids of a batch by the fp32 statements of every operation (backend `ref`)."""
+        if batch not in self.truths:
             exact = Engine.from_weights(
                 self.loaded.config, self.loaded.weights, device=self.setup.device, dtype="float32", backend="ref"
             )
-            self.truths[len(ids)] = exact.forward(torch.from_numpy(ids), output="none").memory_state
-        return self.truths[len(ids)]
+            self.truths[batch] = exact.forward(torch.from_numpy(ids), output="none").memory_state
+        return self.truths[batch]
 
     @torch.inference_mode()
     def _whole_logits(self, who: LoopReader, ids: np.ndarray) -> Tensor:
