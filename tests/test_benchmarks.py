@@ -159,7 +159,7 @@ def drawn_from(figures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_was_not_measured_is_not_drawn(figures: ModuleType, drawn_from: str) -> None:
-    seconds, memory = figures.length_figure([drawn_from]).axes
+    seconds, memory = figures.context_figure([drawn_from]).axes
     lines = {line.get_label(): (line.get_xdata(), line.get_linestyle()) for line in seconds.lines}
     assert list(lines["full attention, KV cache"][0]) == [4000]
     assert list(lines["rmt-engine"][0]) == [4000, 32000]
