@@ -40,12 +40,14 @@ AnyDocument = Document | str | bytes | Path | Ids
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read. errors: of UTF-8, strict or replace; token_dtype: of raw token files."""
+    """How documents are read. errors: of UTF-8, strict or replace; token_dtype: of raw token files; finish: fold the
+    last segment too."""
 
     errors: str = "strict"
     token_dtype: str | None = None
     alignment: str | None = None
     score: bool = False
+    finish: bool = False
 
 
 class OpenDocument:
@@ -53,6 +55,7 @@ class OpenDocument:
 
     def __init__(self, engine: Engine, index: int, document: Document, reading: Reading) -> None:
         """Raises RMTError, ValueError, OSError for what cannot be read."""
+        self._finish = reading.finish
         self.index, self.id = index, document.id if document.id is not None else str(index)
         self._resources = ExitStack()
         try:
@@ -64,7 +67,7 @@ class OpenDocument:
         self._waiting = np.empty(0, dtype=np.int64)
 
     def next_segment(self) -> np.ndarray | None:
-        """The ids of the segment that is to be folded next, or None at the end: what is left is the stream's rest.
+        """The ids of the segment that is to be folded next, or None at the end: what is left then is the stream's rest.
 
         Raises what the source raises, ValueError for ids outside the vocabulary, InputError where there is nothing.
         """
@@ -72,6 +75,9 @@ class OpenDocument:
         while len(self._waiting) <= size:
             piece = next(self._pieces, None)
             if piece is None:
+                if self._finish and len(self._waiting):
+                    size = len(self._waiting)
+                    break
                 self._end()
                 return None
             self._waiting = np.concatenate([self._waiting, self.stream.content(piece)])

@@ -13,8 +13,9 @@ from rmt_engine.memory_plan import plan_memory
 if TYPE_CHECKING:
     from rmt_engine.engine import Engine
 
-# Rows of a batch on a CPU. In fp32 it gains what its calls cost, and loses that again when its activations leave the
-# core's own cache: measured by benchmarks/slots.py. In half precision calls weigh more.
+# Rows of a batch on a CPU: it gains what its calls cost beside the GEMMs, and the last document pays for all of it. In
+# fp32 two segments of the embedded checkpoint gain all there is (benchmarks/slots.py); in half precision calls weigh
+# more, as its GEMMs are faster.
 CPU_ROWS = {torch.float32: 256, torch.bfloat16: 1024, torch.float16: 1024}
 MOST_SLOTS = 64
 MEMORY_SHARE = 0.5  # of what is free

@@ -35,9 +35,9 @@ class DocumentResult:
     """What became of one document.
 
     index: its number in the input, from 0; id: its own name, or that number. tokens, segments: of content, the last
-    segment included. stream: at its end, the last segment not folded yet: to ask, fork, save or feed on. answers: to
-    the questions, in their order. labels: a classifier's, best first. error: why it could not be read, or None; then
-    there is nothing else.
+    segment included. stream: at its end, to ask, fork, save or feed on; its last segment is not folded yet, but with
+    finish=True. answers: to the questions, in their order. labels: a classifier's, best first. error: why it could not
+    be read, or None; then there is nothing else.
     """
 
     index: int
@@ -125,6 +125,7 @@ def run_many(
     token_dtype: str | None = None,
     alignment: str | None = None,
     score: bool = False,
+    finish: bool = False,
     on_step: Callable[[int], None] = lambda tokens: None,
     max_new_tokens: int | None = 16,
     **how: Any,
@@ -135,8 +136,8 @@ def run_many(
     with the options of `Stream.ask` (max_new_tokens, temperature, stop, …); answers are decoded side by side too.
     slots: None chooses by memory and measured step time (`slot_count.choose_slots`). order: "input", or "completed" as
     they end. A document that cannot be read gives a result with its `error`, and the rest goes on. batch_invariant: the
-    bits are those of a stream alone, whatever `slots` is. errors, token_dtype: of files; on_step is told the tokens of
-    each step. Raises ValueError before anything is read.
+    bits are those of a stream alone, whatever `slots` is. errors, token_dtype: of files. finish: fold the last
+    segment too. on_step is told the tokens of each step. Raises ValueError before anything is read.
     """
     if order not in ("input", "completed"):
         raise ValueError(f"order must be input or completed; got {order!r}")
@@ -146,7 +147,7 @@ def run_many(
     questions = Questions(engine, (ask,) if isinstance(ask, str) else tuple(ask), max_new_tokens, how)
     size = 1 if batch_invariant else batch_size(engine, count)
     batch = SegmentBatch(engine, size, ragged=engine.device.type != "cpu")
-    reader = _Reader(engine, documents, count, batch, Reading(errors, token_dtype, alignment, score), on_step)
+    reader = _Reader(engine, documents, count, batch, Reading(errors, token_dtype, alignment, score, finish), on_step)
     results = questions.answered(reader.results(), min(count, DECODE_ROWS))
     return _in_order(results, reader) if order == "input" else results
 
@@ -199,7 +200,10 @@ class Questions:
         return done
 
     def _labelled(self, result: DocumentResult) -> DocumentResult:
-        return result if result.stream is None else replace(result, labels=tuple(result.stream.classify()))
+        """With a classifier's labels, if its last segment still stands there."""
+        if result.stream is None or not len(result.stream.rest):
+            return result
+        return replace(result, labels=tuple(result.stream.classify()))
 
 
 def _in_order(results: Generator[DocumentResult, None, None], reader: _Reader) -> Generator[DocumentResult, None, None]:
@@ -223,12 +227,11 @@ def encode(engine: Engine, documents: Iterable[AnyDocument], *, pooling: str = "
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}")
     states = []
-    for result in run_many(engine, documents, **options):
+    for result in run_many(engine, documents, order="input", finish=True, **options):
         if result.error is not None:
             result.error.args = (f"document {result.id}: {result.error}",)
             raise result.error
         assert result.stream is not None
-        result.stream.finish()
         states.append(POOLINGS[pooling](result.stream.memory))
     if not states:
         raise ValueError("expected at least one document: there is nothing to encode")
@@ -247,7 +250,8 @@ POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
 def _ended(document: OpenDocument) -> DocumentResult:
     stream = document.stream
     stream.place = replace(stream.place, memory=stream.place.memory.clone())  # not a view that keeps a batch alive
-    return DocumentResult(document.index, document.id, stream.position, stream.segments + 1, stream=stream)
+    segments = stream.segments + (len(stream.rest) > 0)
+    return DocumentResult(document.index, document.id, stream.position, segments, stream=stream)
 
 
 class _Reader:
@@ -316,14 +320,16 @@ class _Reader:
                 reading.append(document)
         self.open = reading
         places = self.batch.fold([document.stream.place for document in reading], segments)
-        self.open = []
+        failed: list[DocumentResult] = []
         for document, place in zip(reading, places, strict=True):
             if isinstance(place, RMTError):
-                yield self._failed(document, place)
+                failed.append(self._failed(document, place))
             else:
                 document.stream.place = place
-                self.open.append(document)
+        gone = {result.index for result in failed}
+        self.open = [document for document in reading if document.index not in gone]
         self.on_step(sum(map(len, segments)))
+        yield from failed
 
     def _failed(self, document: OpenDocument, error: Exception) -> DocumentResult:
         document.close()

@@ -279,6 +279,15 @@ def test_encode_gives_the_memory_states(kind: str) -> None:
         assert torch.equal(engine.encode(documents(), slots=4, pooling=pooling), value)
 
 
+def test_what_is_finished_is_folded_whole() -> None:
+    engine = engine_of()
+    for result, ids in zip(engine.run_many(documents(), finish=True, slots=3, ask="who?"), documents(), strict=True):
+        assert result.stream is not None and len(result.stream.rest) == 0
+        assert (result.tokens, result.segments) == (len(ids), -(-len(ids) // SEGMENT))
+        assert torch.allclose(result.stream.memory, memory_of(engine, ids), atol=1e-5)
+        assert result.answers == (result.stream.ask("who?"),)
+
+
 def test_encode_says_which_document_is_broken() -> None:
     engine = engine_of()
     with pytest.raises(InputError, match=r"^document 1: expected UTF-8, found 0xff at byte 0 "):
