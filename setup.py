@@ -5,7 +5,7 @@ from glob import glob
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
 
-WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+WARNINGS = ["-Wall", "-Wextra"]  # errors in csrc/Makefile, for us; another compiler may warn of something else
 
 setup(
     packages=find_packages(include=["rmt_engine", "rmt_engine.*"]) + find_packages("kernels"),

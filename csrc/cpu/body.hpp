@@ -50,14 +50,18 @@ thread_local Scratch scratch;
 // A vector of the first `count` of up to kLanes floats, zeros behind them; and back.
 inline Vec load_some(const float* from, int64_t count) {
   if (count >= kLanes) return load_vec(from);
-  float all[kLanes] = {};
-  for (int64_t i = 0; i < count && i < kLanes; ++i) all[i] = from[i];
-  return load_vec(all);
+  Vec some = {};
+  for (int64_t i = 0; i < kLanes; ++i) {
+    if (i < count) some[i] = from[i];
+  }
+  return some;
 }
 
 inline void store_some(float* to, Vec value, int64_t count) {
   if (count >= kLanes) return store_vec(to, value);
-  for (int64_t i = 0; i < count && i < kLanes; ++i) to[i] = value[i];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    if (i < count) to[i] = value[i];
+  }
 }
 
 template <int64_t R>
