@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from rmt_engine import checkpoint, eval_commands, many_command
+from rmt_engine import checkpoint, many_command
 from rmt_engine import doctor as machine
 from rmt_engine.asking import check_fits, check_question, decoding_of
-from rmt_engine.bench.command import bench as bench
 from rmt_engine.engine import DTYPES, EMBEDDED, Engine, device_of, dtype_of
 from rmt_engine.progress import finish, human, mebibytes
 from rmt_engine.run import EARLY_TOKENS, SAMPLE, Checkpoints, Event, Summary
@@ -287,4 +286,13 @@ def doctor(options: argparse.Namespace) -> int:
 
 def eval(options: argparse.Namespace) -> int:
     """`rmt-engine eval KIND`: see `eval_commands`."""
+    from rmt_engine import eval_commands  # no other command needs it, and it takes a while
+
     return eval_commands.run(options, _engine)
+
+
+def bench(options: argparse.Namespace) -> int:
+    """`rmt-engine bench`: see `bench.command`."""
+    from rmt_engine.bench import command
+
+    return command.bench(options)
