@@ -79,7 +79,7 @@ test-native-sanitize: setup ## Run the C++ tests and the extension's Python test
 # The suite's own models are small: one thread. -p no:cacheprovider: nothing is left beside the sources.
 SUITE := benchmarks/bench_ops.py benchmarks/bench_segment.py benchmarks/bench_stream.py
 bench: setup ## Run the CPU benchmarks, compare with the committed ones; ARGS='-k stream' runs some
-	@mkdir -p build
+	@mkdir -p build && rm -f build/bench-*.json
 	for pass in 1 2; do OMP_NUM_THREADS=1 $(PY) -m pytest -p no:cacheprovider $(SUITE) \
 	  --benchmark-json build/bench-$$pass.json --benchmark-max-time=0.5 --benchmark-timer=time.process_time \
 	  --benchmark-columns=min,median,rounds $(ARGS) || exit 1; done

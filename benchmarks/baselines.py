@@ -2,7 +2,8 @@
 
 hf: `AuthorsLoop` does what the authors' `forward` does (MemoryCell in a RecurrentWrapper): every segment's embeddings
 are concatenated with the memory on both sides, the model is called with `output_hidden_states=True`, the logits of all
-rows are computed, and the outputs of all segments are kept and concatenated at the end.
+rows are computed, and logits and hidden states of all segments are kept to the end. There the logits are concatenated;
+theirs does so with the hidden states too.
 fair: `LeanLoop` is the same model without that waste: no logits but those asked for, no hidden states, no KV cache.
 compile: the lean loop over a body under `torch.compile`, with CUDA graphs on a GPU.
 full-attention: `FullAttention` has no memory tokens, but a KV cache over the whole text.
@@ -196,7 +197,8 @@ class EncoderLoop:
                 del outputs[:-1]
         if self.as_authors:
             return LoopOutput(outputs[-1].logits, memory)
-        return LoopOutput(self.model.classifier(self.model.base_model.pooler(outputs[-1])), memory)
+        pooler = self.model.base_model.pooler
+        return LoopOutput(self.model.classifier(pooler(outputs[-1]) if pooler else outputs[-1]), memory)
 
     @torch.inference_mode()
     def segment(self, ids: Tensor, memory: Tensor) -> tuple[Any, Tensor]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rmt_engine.bench.record import ROOT, about, command
+from rmt_engine.bench.record import about
 from rmt_engine.cli import counts
 
-__all__ = ["ROOT", "about", "command", "count"]
+__all__ = ["about", "count"]
 
 
 def count(text: str) -> int:

@@ -25,7 +25,7 @@ from rmt_kernels.cost_model import Card, Model, segment_step
 from torch import Tensor
 
 from rmt_engine.bench.card import measured_card
-from rmt_engine.bench.setup import named_config, random_weights
+from rmt_engine.bench.setup import BACKBONES, named_config, random_weights
 from rmt_engine.checkpoint import tokenizer_folder
 from rmt_engine.config import RMTConfig
 from rmt_engine.engine import EMBEDDED, Engine
@@ -49,17 +49,7 @@ MEMORY_BOUND = 1 << 20  # bytes that a longer stream may take more
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 SANITIZED = "test_lm_head or test_memory or test_attention_through_a_cache"
 
-TINY_GPT2 = {
-    "model_type": "gpt2",
-    "vocab_size": 50257,
-    "n_positions": 128,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 2,
-    "layer_norm_epsilon": 1e-5,
-    "activation_function": "gelu_new",
-    "tie_word_embeddings": True,
-}
+TINY_GPT2 = {**BACKBONES["gpt2"], "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints_for_tests import TinyCheckpoint
+from checkpoints_for_tests import TinyCheckpoint, tiny_encoder
 from torch import Tensor
 
 from rmt_engine.backbones import module_of
@@ -30,6 +30,7 @@ from rmt_engine.bench.session import Limits, Session, relative_error
 from rmt_engine.bench.setup import BACKBONES, Setup, named_config, random_weights, write_random
 from rmt_engine.bench.timing import interleaved, ms_at_ends, plan
 from rmt_engine.cli import main, parser
+from rmt_engine.engine import Engine
 
 CPU = torch.device("cpu")
 QUICK = ["--repetitions", "2", "--no-memory", "--threads", "1", "--device", "cpu", "--dtype", "float32"]
@@ -85,6 +86,17 @@ def test_an_encoder_beside_its_baselines(encoder_folder: Path, capsys: pytest.Ca
     assert [result["status"] for result in tokens["results"]] == [MEASURED, MEASURED, MEASURED, LEFT_OUT]
     assert "needs a decoder" in tokens["results"][3]["reason"]
     assert ask["results"][0]["status"] == MEASURED
+
+
+def test_the_loops_of_a_roberta() -> None:
+    """Its classifier has no pooler before it."""
+    tiny = tiny_encoder("roberta", seed=3, noise="all", layers=2)
+    config, weights, ids = tiny.rmt_config(20, "left"), tiny.weights(), 6 + torch.arange(50)[None] % 30
+    expected = Engine.from_weights(config, weights, device="cpu", dtype="float32").forward(ids)
+    for name in ("hf", "fair"):
+        found = readers._baselines().build(name, config, weights)(ids)
+        torch.testing.assert_close(found.memory_state, expected.memory_state, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=0)
 
 
 def test_a_question_that_does_not_fit_is_left_out(decoder_folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from rmt_engine.bench.session import Limits, Session, describe
 from rmt_engine.bench.setup import Setup, write_random
 from rmt_engine.engine import device_of
 from rmt_engine.errors import BackendError
+from rmt_engine.memory import write_atomically
 
 
 def bench(options: argparse.Namespace) -> int:
@@ -35,7 +35,8 @@ def bench(options: argparse.Namespace) -> int:
             report.about["after"] = state(device)
             print(describe(row), file=sys.stderr, flush=True)
             if options.out:
-                _write(report, Path(options.out))
+                data = json.dumps(report.to_dict(), ensure_ascii=False, indent=1) + "\n"
+                write_atomically(Path(options.out), data.encode())
     print(report.text(options.format))
     return 1 if report.failed else 0
 
@@ -75,10 +76,3 @@ def _session_rows(options: argparse.Namespace, session: Session) -> Iterator[Row
             yield cases.ask(session, limits)
         else:
             yield from cases.state(session, limits)
-
-
-def _write(report: Report, path: Path) -> None:
-    """The whole file or the one before."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(json.dumps(report.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(new, path)
