@@ -42,6 +42,12 @@ def test_examples(
     assert not [word for word in words if word not in shown], shown
 
 
+def test_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """What `make run` and the tutorial's first command do."""
+    run_example("examples/two_million_tokens.py", monkeypatch, "--tokens", "3000", "--out", str(tmp_path))
+    assert "the fact was found both times" in capfd.readouterr().out
+
+
 def tutorial_commands() -> list[str]:
     text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
     return [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines() if line]
