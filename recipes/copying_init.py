@@ -1,4 +1,4 @@
-"""Initial weights from which a small Llama soon learns to look things up in its context.
+"""A small fresh Llama, and initial weights from which it soon learns to look things up in its context.
 
 From random weights a model of this size stays for thousands of steps at what the words alone give: it sees which rooms
 were named, not who went where. What it lacks is the two-step lookup ("which row has the same name near it? copy its
@@ -9,7 +9,31 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+
+def small_llama(
+    tokenizer: PreTrainedTokenizerBase, *, layers: int, heads: int, width: int, inner: int, positions: int, theta: float
+) -> LlamaForCausalLM:
+    """A fresh model with these weights; its words are the tokenizer's."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=positions,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        initializer_range=0.04,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    prepare(model, tokenizer)
+    return model
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from rmt_engine.memory import write_atomically
+
 
 class MemoryCell(nn.Module):
     def __init__(self, model: PreTrainedModel, memory_tokens: int) -> None:
@@ -116,6 +118,17 @@ def _floats(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
 
 
+def log(**values: object) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def save_whole(state: object, path: Path) -> None:
+    """torch.save, the file replaced in one move."""
+    partial = path.with_name(path.name + ".tmp")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
 def save_checkpoint(
     out: Path,
     model: RecurrentDecoder | RecurrentEncoder,
@@ -134,10 +147,7 @@ def save_checkpoint(
     state = {name: weights.get(name, value).detach().cpu().clone() for name, value in model.state_dict().items()}
     if isinstance(model, RecurrentEncoder):
         state["model.embeddings.weight"] = state["model.bert.embeddings.word_embeddings.weight"]
-    torch.save(state, best / "pytorch_model.bin.tmp")
-    os.replace(best / "pytorch_model.bin.tmp", best / "pytorch_model.bin")
+    save_whole(state, best / "pytorch_model.bin")
     tokenizer.save_pretrained(base)
     for path, values in ((base / "config.json", base_config), (out / "recipe.json", described)):
-        partial = path.with_name(path.name + ".tmp")
-        partial.write_text(json.dumps(values, indent=2) + "\n")
-        os.replace(partial, path)
+        write_atomically(path, json.dumps(values, indent=2).encode() + b"\n")

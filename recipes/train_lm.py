@@ -1,6 +1,6 @@
 """Give a causal language model memory tokens: truncated backpropagation, a curriculum over segments.
 
-    python recipes/train_lm.py --out DIR                     # a small fresh Llama, on one core in about half an hour
+    python recipes/train_lm.py --out DIR                     # a small fresh Llama
     python recipes/train_lm.py --from gpt2/ --text books/ --out DIR --device cuda   # a pre-trained Hugging Face folder
     python recipes/train_lm.py --out DIR --smoke             # a few steps of a tiny model
 
@@ -16,24 +16,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
+import shlex
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from copying_init import prepare
+from copying_init import small_llama
 from facts_data import train_tokenizer
 from lm_data import DocumentStreams, documents, encode
-from rmt_training import RecurrentDecoder, save_checkpoint
+from rmt_training import RecurrentDecoder, log, save_checkpoint, save_whole
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -77,29 +77,16 @@ TINY = {
 }  # fmt: skip
 
 
-def log(**values: object) -> None:
-    print(json.dumps(values), flush=True)
-
-
 def fresh_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.width,
-        intermediate_size=recipe.inner,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        max_position_embeddings=recipe.segment_size + 2 * recipe.memory_tokens,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-        initializer_range=0.04,
-        attention_bias=True,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+    return small_llama(
+        tokenizer,
+        layers=recipe.layers,
+        heads=recipe.heads,
+        width=recipe.width,
+        inner=recipe.inner,
+        positions=recipe.segment_size + 2 * recipe.memory_tokens,
+        theta=100.0,
     )
-    model = LlamaForCausalLM(config)
-    prepare(model, tokenizer)
-    return model
 
 
 def segment_losses(model: RecurrentDecoder, memory: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -135,14 +122,17 @@ class Trainer:
         if (self.work / "state.pt").exists():
             self.resume()
 
+    def seconds(self) -> float:
+        """Of all runs that led here."""
+        return round(time.time() - self.started, 1)
+
     def train(self) -> None:
         recipe, mean = self.recipe, 0.0
         while self.step < recipe.steps:
             loss = float(self.train_step())
             mean += (loss - mean) * max(0.02, 1 / self.step)
             if self.step % 25 == 0:
-                seconds = round(time.time() - self.started, 1)
-                log(step=self.step, horizon=recipe.horizon(self.step), loss=round(mean, 4), seconds=seconds)
+                log(step=self.step, horizon=recipe.horizon(self.step), loss=round(mean, 4), seconds=self.seconds())
             if self.step % recipe.save_every == 0 or self.step == recipe.steps:
                 self.save()
 
@@ -166,23 +156,28 @@ class Trainer:
 
     def save(self) -> None:
         described = {
-            "command": "python recipes/train_lm.py --out DIR",
+            "command": shlex.join(["python", "recipes/train_lm.py", *sys.argv[1:]]),
             "segment_size": self.recipe.segment_size,
             "num_mem_tokens": self.recipe.memory_tokens,
             "steps": self.step,
-            "seconds": round(time.time() - self.started, 1),
+            "seconds": self.seconds(),
             "recipe": asdict(self.recipe),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
         save_checkpoint(self.out, self.model, {}, self.base_config, self.tokenizer, described)
-        state = {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state, self.work / "state.tmp")
-        os.replace(self.work / "state.tmp", self.work / "state.pt")
+        state = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "seconds": self.seconds(),
+        }
+        save_whole(state, self.work / "state.pt")
 
     def resume(self) -> None:
         state = torch.load(self.work / "state.pt", weights_only=True)
         self.step = state["step"]
+        self.started -= state["seconds"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.streams.rng = np.random.default_rng([self.recipe.seed, self.step])
@@ -194,8 +189,9 @@ def perplexities(
 ) -> dict[str, object]:
     """Perplexity of the same target segments after each count of segments read before, and after a reset memory.
 
-    Each window is one document's: max(counts) segments, then the target. `reset` reads as many as the last count and
-    forgets them. The interval is that of the mean paired difference in nats between the first count and the last.
+    Each window is one document's: max(counts) segments, then the target. After a reset the memory holds nothing of
+    them: the target alone is read. The interval is that of the mean paired difference in nats between the first count
+    and the last.
     """
     rng, most = np.random.default_rng(seed), max(counts)
     length = (most + 1) * size + 1

@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
+import shlex
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from copying_init import prepare
+from copying_init import small_llama
 from episodes import NOT_ASKED, EpisodeMaker, Row
 from facts_data import (
     ASK_TEMPLATE,
@@ -37,13 +38,12 @@ from facts_data import (
     train_tokenizer,
 )
 from pool import Lived, Pool, shaken
-from rmt_training import MovingAverage, RecurrentDecoder, RecurrentEncoder, save_checkpoint
+from rmt_training import MovingAverage, RecurrentDecoder, RecurrentEncoder, log, save_checkpoint, save_whole
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
@@ -117,10 +117,6 @@ TINY = {
 }  # fmt: skip
 
 
-def log(**values: object) -> None:
-    print(json.dumps(values), flush=True)
-
-
 def build_tokenizer_and_noise(recipe: Recipe) -> tuple[PreTrainedTokenizerFast, NoiseBank]:
     texts = [content.decode() for content in python_sources() if not is_held_out(content)]
     if recipe.max_files:
@@ -132,24 +128,15 @@ def build_tokenizer_and_noise(recipe: Recipe) -> tuple[PreTrainedTokenizerFast, 
 
 
 def build_decoder(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.width,
-        intermediate_size=recipe.inner,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        max_position_embeddings=recipe.positions,
-        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
-        initializer_range=0.04,
-        attention_bias=True,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+    return small_llama(
+        tokenizer,
+        layers=recipe.layers,
+        heads=recipe.heads,
+        width=recipe.width,
+        inner=recipe.inner,
+        positions=recipe.positions,
+        theta=recipe.rope_theta,
     )
-    model = LlamaForCausalLM(config)
-    prepare(model, tokenizer)
-    return model
 
 
 def build_encoder(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> BertForSequenceClassification:
@@ -267,6 +254,7 @@ class Trainer:
         log(event="start", step=self.step, noise_tokens=[len(b) for b in bank.banks], seconds=self.seconds())
 
     def seconds(self) -> float:
+        """Of all runs that led here."""
         return round(time.time() - self.started, 1)
 
     def keep(self) -> None:
@@ -279,13 +267,14 @@ class Trainer:
             "average": self.average.values,
             "averaged": self.average.steps,
             "optimizer": self.optimizer.state_dict(),
+            "seconds": self.seconds(),
         }
-        torch.save(state, self.work / "state.tmp")
-        os.replace(self.work / "state.tmp", self.work / "state.pt")
+        save_whole(state, self.work / "state.pt")
 
     def resume(self) -> None:
         state = torch.load(self.work / "state.pt", weights_only=True)
         self.step, self.stage, self.pool_steps_done = state["step"], state["stage"], state["pool_steps_done"]
+        self.started -= state["seconds"]
         self.average.values, self.average.steps = state["average"], state["averaged"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -330,7 +319,8 @@ class Trainer:
                 self.keep()
             elif self.step % recipe.save_every == 0:
                 self.keep()
-        self.save({"phase": 1, "steps": self.step})
+        if not self.pool_steps_done:  # a run that goes on in the pool has more to say already
+            self.save({"phase": 1, "steps": self.step})
 
     def curriculum_step(self, stage: Stage) -> tuple[Reading, bool]:
         """One batch from the initial memory, and whether it is of the stage's full length."""
@@ -429,7 +419,7 @@ class Trainer:
         """Always something where nothing is known yet; now and then another or a changed fact."""
         rng, writer = self.maker.rng, self.maker.writer
         if world == World():
-            return self.news(length, replace(self.recipe.stages[-1]))
+            return self.news(length, self.recipe.stages[-1])
         if not world.names or rng.random() >= self.recipe.later:
             return []
         fact = writer.fact(rng, int(rng.integers(len(NAMES))), int(rng.integers(len(ROOMS))))
@@ -457,7 +447,7 @@ class Trainer:
         recipe = self.recipe
         figures = {**figures, "seconds": self.seconds()}
         described = {
-            "command": f"python recipes/train_retrieval.py --kind {recipe.kind} --out DIR --seed {recipe.seed}",
+            "command": shlex.join(["python", "recipes/train_retrieval.py", *sys.argv[1:]]),
             "seed": recipe.seed,
             "segment_size": recipe.segment_size,
             "num_mem_tokens": recipe.memory_tokens,

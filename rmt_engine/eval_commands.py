@@ -81,7 +81,7 @@ def _babilong(options: argparse.Namespace, make_engine: MakeEngine) -> int:
     engine = make_engine(options)
     settings = {"prompt": prompts.template, "instructions": instructions, "max_new_tokens": options.max_new_tokens}
     store = Store(options.resume_dir, {**_origin(engine), **settings} if options.resume_dir else None)
-    loads = babilong.loads(engine, files, options.limit, options.slots)
+    loads = babilong.loads(engine, files, store, options.limit, options.slots)
     _say_cost(engine, loads, f"{len(files)} files, {options.slots} samples side by side")
     scores = []
     with counting(sum(load.tokens for load in loads), "babilong") as on_step:

@@ -179,6 +179,9 @@ def test_babilong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = capsys.readouterr()
     assert "qa1      0k  1/1 = 100.0 % (95 %: 20.7–100.0)" in result.out
     assert "tokens, 1 files, 16 samples side by side: about" in result.err
+    kept = [*command, *asked, "--resume-dir", str(tmp_path / "kept")]
+    assert (main(kept), main(kept)) == (0, 0)
+    assert "reading 0 tokens, 1 files" in capsys.readouterr().err
     assert main([*command, *asked, "-o", "md"]) == 0
     assert "| qa1 | 0k | 1 of 1 | 100.0 % | 20.7–100.0 |" in capsys.readouterr().out
     assert main([*command, *asked, "--instructions", "x.json"]) == 2

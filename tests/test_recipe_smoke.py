@@ -128,6 +128,10 @@ def test_a_run_that_was_cut_off_goes_on(decoder: Path, recipes) -> None:
     recipe = replace(recipes.train_retrieval.DECODER, **recipes.train_retrieval.TINY)
     resumed = recipes.train_retrieval.Trainer(recipe, decoder)
     assert (resumed.step, resumed.pool_steps_done) == (8, 4)
+    figures = json.loads((decoder / "recipe.json").read_text())["figures"]
+    assert figures["phase"] == 2 and resumed.seconds() >= figures["seconds"]
+    resumed.curriculum()  # nothing is left to learn, or to say
+    assert json.loads((decoder / "recipe.json").read_text())["figures"] == figures
 
 
 def test_a_placed_statement_is_tokenized_as_in_joined_text(decoder: Path, recipes) -> None:

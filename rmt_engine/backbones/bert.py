@@ -9,10 +9,9 @@ from rmt_kernels import linear_residual, memory, norm_linear, segment_attention
 from rmt_kernels.memory import Embeddings
 from rmt_kernels.per_slot import Count, Rows
 from rmt_kernels.segment_attention import AttentionSpec, KVCache
-from rmt_kernels.weights import Linear, Norm
 from torch import Tensor
 
-from rmt_engine.backbones.common import ACTIVATIONS, Shapes, Weights, pad_table, require
+from rmt_engine.backbones.common import ACTIVATIONS, Shapes, Weights, layer_norm, linear, pad_table, require
 
 TIED: dict[str, str] = {}
 IGNORED = (r"bert\.embeddings\.(position_ids|token_type_ids)",)
@@ -56,36 +55,28 @@ def encoder_shapes(config: Mapping[str, Any], prefix: str) -> Shapes:
     return shapes
 
 
-def _linear(weights: Weights, name: str) -> Linear:
-    return Linear(weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-
-def _norm(config: Mapping[str, Any], weights: Weights, name: str) -> Norm:
-    return Norm("layer", weights[f"{name}.weight"], weights[f"{name}.bias"], config["layer_norm_eps"])
-
-
 class BertBlock:
     """norm(hidden + attention(hidden)), then norm(hidden + MLP(hidden))."""
 
     def __init__(self, config: Mapping[str, Any], weights: Weights, name: str, *, last: bool, backend: str):
-        heads = config["num_attention_heads"]
+        heads, eps = config["num_attention_heads"], config["layer_norm_eps"]
         head_dim = config["hidden_size"] // heads
-        q, k, v = (_linear(weights, f"{name}attention.self.{part}") for part in ("query", "key", "value"))
+        q, k, v = (linear(weights, f"{name}attention.self.{part}") for part in ("query", "key", "value"))
         self.qkv = norm_linear.plan_qkv(q, k, v, None, queries_apart=last, backend=backend)
         spec = AttentionSpec(heads, heads, head_dim, causal=False, scale=head_dim**-0.5)
         self.attention = segment_attention.plan(spec, backend=backend)
         self.attention_out = linear_residual.plan(
-            _linear(weights, f"{name}attention.output.dense"),
-            _norm(config, weights, f"{name}attention.output.LayerNorm"),
+            linear(weights, f"{name}attention.output.dense"),
+            layer_norm(weights, f"{name}attention.output.LayerNorm", eps),
             backend=backend,
         )
         self.mlp_in = norm_linear.plan(
-            _linear(weights, f"{name}intermediate.dense"),
+            linear(weights, f"{name}intermediate.dense"),
             activation=ACTIVATIONS[config["hidden_act"]],
             backend=backend,
         )
         self.mlp_out = linear_residual.plan(
-            _linear(weights, f"{name}output.dense"), _norm(config, weights, f"{name}output.LayerNorm"), backend=backend
+            linear(weights, f"{name}output.dense"), layer_norm(weights, f"{name}output.LayerNorm", eps), backend=backend
         )
 
     def __call__(self, hidden: Tensor, length: Count, rows: Rows, cache: KVCache | None) -> Tensor:
@@ -120,7 +111,7 @@ class BertEncoder:
             weights[f"{prefix}embeddings.word_embeddings.weight"],
             pad_table(weights[f"{prefix}embeddings.position_embeddings.weight"][first_position:]),
             weights[f"{prefix}embeddings.token_type_embeddings.weight"][0],
-            _norm(config, weights, f"{prefix}embeddings.LayerNorm"),
+            layer_norm(weights, f"{prefix}embeddings.LayerNorm", config["layer_norm_eps"]),
         )
         self.read_memory = memory.plan_read(embeddings, backend=backend)
         self.embed = memory.plan_embed(embeddings, backend=backend)
@@ -130,8 +121,8 @@ class BertEncoder:
             for i in range(count)
         ]
         self.write_memory = memory.plan_write(None, backend=backend)
-        self.pooler = norm_linear.plan(_linear(weights, head[0]), activation="tanh", backend=backend)
-        self.classifier = norm_linear.plan(_linear(weights, head[1]), backend=backend)
+        self.pooler = norm_linear.plan(linear(weights, head[0]), activation="tanh", backend=backend)
+        self.classifier = norm_linear.plan(linear(weights, head[1]), backend=backend)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden state of [CLS] [B, E] -> label logits [B, C] in fp32."""

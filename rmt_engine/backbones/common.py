@@ -1,4 +1,4 @@
-"""What every backbone shares: the interface that executors drive, and tables padded like the rows they serve."""
+"""What backbones share: the interface that executors drive, their weights by name, tables padded like the rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rmt_kernels.lm_head import LMHead, LogProbabilities
 from rmt_kernels.memory import Embed, ReadMemory, WriteMemory
 from rmt_kernels.per_slot import Count, Rows
 from rmt_kernels.segment_attention import KVCache
-from rmt_kernels.weights import Activation
+from rmt_kernels.weights import Activation, Linear, Norm
 from torch import Tensor
 
 from rmt_engine.errors import CheckpointError
@@ -61,6 +61,15 @@ def run_blocks(
         cache = caches[index] if caches is not None else None
         hidden = block(hidden, length, rows if index == last else everything, cache)
     return hidden
+
+
+def linear(weights: Weights, name: str) -> Linear:
+    """A linear with the bias that it has, or none."""
+    return Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def layer_norm(weights: Weights, name: str, eps: float) -> Norm:
+    return Norm("layer", weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
 
 
 def pad_table(table: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from rmt_kernels import linear_residual, lm_head, memory, norm_linear, segment_a
 from rmt_kernels.memory import Embeddings
 from rmt_kernels.per_slot import Count, Rows
 from rmt_kernels.segment_attention import AttentionSpec, KVCache
-from rmt_kernels.weights import Linear, Norm
+from rmt_kernels.weights import Linear
 from torch import Tensor
 
-from rmt_engine.backbones.common import ACTIVATIONS, Shapes, Weights, pad_table, require
+from rmt_engine.backbones.common import ACTIVATIONS, Shapes, Weights, layer_norm, pad_table, require
 
 TIED = {"lm_head.weight": "transformer.wte.weight"}
 IGNORED = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",)  # causal masks that old files carry
@@ -50,10 +50,6 @@ def _conv1d(weights: Weights, name: str) -> Linear:
     return Linear(weights[f"{name}.weight"].t().contiguous(), weights[f"{name}.bias"])
 
 
-def _norm(weights: Weights, name: str, eps: float) -> Norm:
-    return Norm("layer", weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
-
-
 class GPT2Block:
     """hidden + attention(norm(hidden)), then + MLP(norm(hidden))."""
 
@@ -66,15 +62,14 @@ class GPT2Block:
         packed = _conv1d(weights, f"{name}attn.c_attn")
         assert packed.bias is not None
         q, k, v = (Linear(w, b) for w, b in zip(packed.weight.split(width), packed.bias.split(width), strict=True))
-        self.qkv = norm_linear.plan_qkv(
-            q, k, v, _norm(weights, f"{name}ln_1", eps), queries_apart=index == config["n_layer"] - 1, backend=backend
-        )
+        first_norm, last = layer_norm(weights, f"{name}ln_1", eps), index == config["n_layer"] - 1
+        self.qkv = norm_linear.plan_qkv(q, k, v, first_norm, queries_apart=last, backend=backend)
         spec = AttentionSpec(heads, heads, width // heads, causal=True, scale=scale)
         self.attention = segment_attention.plan(spec, backend=backend)
         self.attention_out = linear_residual.plan(_conv1d(weights, f"{name}attn.c_proj"), backend=backend)
         self.mlp_in = norm_linear.plan(
             _conv1d(weights, f"{name}mlp.c_fc"),
-            _norm(weights, f"{name}ln_2", eps),
+            layer_norm(weights, f"{name}ln_2", eps),
             ACTIVATIONS[config["activation_function"]],
             backend=backend,
         )
@@ -96,7 +91,7 @@ class GPT2:
         self.kv_heads, self.head_dim = config["n_head"], config["n_embd"] // config["n_head"]
         tokens = weights["transformer.wte.weight"]
         embeddings = Embeddings(tokens, pad_table(weights["transformer.wpe.weight"]))
-        final_norm = _norm(weights, "transformer.ln_f", config["layer_norm_epsilon"])
+        final_norm = layer_norm(weights, "transformer.ln_f", config["layer_norm_epsilon"])
         self.read_memory = memory.plan_read(embeddings, backend=backend)
         self.embed = memory.plan_embed(embeddings, backend=backend)
         self.blocks = [GPT2Block(config, weights, i, backend) for i in range(config["n_layer"])]

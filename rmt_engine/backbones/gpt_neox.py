@@ -12,10 +12,10 @@ from rmt_kernels import linear_residual, lm_head, memory, norm_linear, segment_a
 from rmt_kernels.memory import Embeddings
 from rmt_kernels.per_slot import Count, Rows
 from rmt_kernels.segment_attention import AttentionSpec, KVCache
-from rmt_kernels.weights import Linear, Norm
+from rmt_kernels.weights import Linear
 from torch import Tensor
 
-from rmt_engine.backbones.common import ACTIVATIONS, Shapes, Weights, require
+from rmt_engine.backbones.common import ACTIVATIONS, Shapes, Weights, layer_norm, linear, require
 from rmt_engine.backbones.rotary import halves_order, rope_table
 from rmt_engine.errors import CheckpointError
 
@@ -64,14 +64,6 @@ def rotary_dims(config: Mapping[str, Any]) -> int:
     return dims
 
 
-def _linear(weights: Weights, name: str) -> Linear:
-    return Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-
-
-def _norm(config: Mapping[str, Any], weights: Weights, name: str) -> Norm:
-    return Norm("layer", weights[f"{name}.weight"], weights[f"{name}.bias"], config["layer_norm_eps"])
-
-
 def _queries_keys_values(config: Mapping[str, Any], packed: Linear) -> tuple[Linear, Linear, Linear]:
     """The packed projection holds q, k and v of one head after the other."""
     heads = config["num_attention_heads"]
@@ -93,24 +85,24 @@ class GPTNeoXBlock:
     def __init__(
         self, config: Mapping[str, Any], weights: Weights, index: int, rope: tuple[Tensor, Tensor], backend: str
     ):
-        name = f"gpt_neox.layers.{index}."
+        name, eps = f"gpt_neox.layers.{index}.", config["layer_norm_eps"]
         heads = config["num_attention_heads"]
         head_dim = config["hidden_size"] // heads
         self.parallel = config.get("use_parallel_residual", True)
-        q, k, v = _queries_keys_values(config, _linear(weights, f"{name}attention.query_key_value"))
+        q, k, v = _queries_keys_values(config, linear(weights, f"{name}attention.query_key_value"))
         last = index == config["num_hidden_layers"] - 1
-        first_norm = _norm(config, weights, f"{name}input_layernorm")
+        first_norm = layer_norm(weights, f"{name}input_layernorm", eps)
         self.qkv = norm_linear.plan_qkv(q, k, v, first_norm, queries_apart=last, backend=backend)
         spec = AttentionSpec(heads, heads, head_dim, causal=True, scale=head_dim**-0.5, rope=rope)
         self.attention = segment_attention.plan(spec, backend=backend)
-        self.attention_out = linear_residual.plan(_linear(weights, f"{name}attention.dense"), backend=backend)
+        self.attention_out = linear_residual.plan(linear(weights, f"{name}attention.dense"), backend=backend)
         self.mlp_in = norm_linear.plan(
-            _linear(weights, f"{name}mlp.dense_h_to_4h"),
-            _norm(config, weights, f"{name}post_attention_layernorm"),
+            linear(weights, f"{name}mlp.dense_h_to_4h"),
+            layer_norm(weights, f"{name}post_attention_layernorm", eps),
             ACTIVATIONS[config["hidden_act"]],
             backend=backend,
         )
-        self.mlp_out = linear_residual.plan(_linear(weights, f"{name}mlp.dense_4h_to_h"), backend=backend)
+        self.mlp_out = linear_residual.plan(linear(weights, f"{name}mlp.dense_4h_to_h"), backend=backend)
 
     def __call__(self, hidden: Tensor, length: Count, rows: Rows, cache: KVCache | None) -> Tensor:
         q, k, v = self.qkv(hidden, rows)
@@ -128,7 +120,7 @@ class GPTNeoX:
         self.kv_heads = config["num_attention_heads"]
         self.head_dim = config["hidden_size"] // self.kv_heads
         tokens = weights["gpt_neox.embed_in.weight"]
-        final_norm = _norm(config, weights, "gpt_neox.final_layer_norm")
+        final_norm = layer_norm(weights, "gpt_neox.final_layer_norm", config["layer_norm_eps"])
         cos, sin = (table.to(tokens.device) for table in rope_table(config, self.head_dim, rotary_dims(config)))
         self.read_memory = memory.plan_read(Embeddings(tokens), backend=backend)
         self.embed = memory.plan_embed(Embeddings(tokens), backend=backend)

@@ -16,7 +16,7 @@ from rmt_kernels.segment_attention import AttentionSpec, KVCache
 from rmt_kernels.weights import Linear, Norm
 from torch import Tensor
 
-from rmt_engine.backbones.common import Shapes, Weights, require
+from rmt_engine.backbones.common import Shapes, Weights, linear, require
 from rmt_engine.backbones.rotary import rope_table
 
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -70,10 +70,6 @@ def llama_shapes(
     return shapes
 
 
-def _linear(weights: Weights, name: str) -> Linear:
-    return Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-
-
 def _head_norm(weights: Weights, name: str, eps: float, backend: str) -> HeadNorm | None:
     weight = weights.get(f"{name}.weight")
     return None if weight is None else head_norm.plan(Norm("rms", weight, None, eps), backend=backend)
@@ -86,8 +82,8 @@ class LlamaBlock:
         self, config: Mapping[str, Any], weights: Weights, index: int, rope: tuple[Tensor, Tensor], backend: str
     ):
         name, eps = f"model.layers.{index}.", config["rms_norm_eps"]
-        q, k, v, o = (_linear(weights, f"{name}self_attn.{part}_proj") for part in "qkvo")
-        gate, up, down = (_linear(weights, f"{name}mlp.{part}_proj") for part in ("gate", "up", "down"))
+        q, k, v, o = (linear(weights, f"{name}self_attn.{part}_proj") for part in "qkvo")
+        gate, up, down = (linear(weights, f"{name}mlp.{part}_proj") for part in ("gate", "up", "down"))
         attention_norm = Norm("rms", weights[f"{name}input_layernorm.weight"], None, eps)
         mlp_norm = Norm("rms", weights[f"{name}post_attention_layernorm.weight"], None, eps)
         head_dim = _head_dim(config)

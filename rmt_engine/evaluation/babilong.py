@@ -64,6 +64,10 @@ class SampleFile:
     length: str
     name: str
 
+    def key(self, index: int) -> Key:
+        """What names a sample of the file."""
+        return self.task, self.length, self.name, index
+
 
 @dataclass(frozen=True)
 class Score:
@@ -294,26 +298,25 @@ class _Reading:
 
     @property
     def keys(self) -> list[Key]:
-        return [self._key(index) for index in range(len(self.asked))]
-
-    def _key(self, index: int) -> Key:
-        return self.file.task, self.file.length, self.file.name, index
+        return [self.file.key(index) for index in range(len(self.asked))]
 
     def documents(self, engine: Engine, prompts: Prompts, store: Store, limit: int | None) -> Iterator[np.ndarray]:
         """The ids of the prompts that are missing, each made when it is taken."""
         for index, sample in enumerate(read_samples(self.file.path, limit)):
             self.asked.append((sample.question, sample.target))
-            if (self._key(index), 0) not in store.answers:
-                self.missing.append(self._key(index))
+            if (self.file.key(index), 0) not in store.answers:
+                self.missing.append(self.file.key(index))
                 yield encode(engine, prompts.of(self.file.task, sample))
 
 
-def loads(engine: Engine, files: Sequence[SampleFile], limit: int | None, slots: int) -> list[Load]:
-    """What all samples take, as `cost.estimate` takes it: their characters, times the tokens of one among the first."""
+def loads(engine: Engine, files: Sequence[SampleFile], store: Store, limit: int | None, slots: int) -> list[Load]:
+    """What is left to read, as `cost.estimate` takes it: its characters, times the tokens of one among the first."""
     found = []
     for file in files:
         chars, rate = 0, 0.0
-        for sample in read_samples(file.path, limit):
+        for index, sample in enumerate(read_samples(file.path, limit)):
+            if (file.key(index), 0) in store.answers:
+                continue
             begin = f"{sample.context[:RATE_CHARS]} {sample.question}"
             rate = rate or len(engine.tokenizer.encode(begin)) / len(begin)
             chars += len(sample.context) + len(sample.question) + 1

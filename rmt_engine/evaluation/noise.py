@@ -84,7 +84,6 @@ class Noise:
         self.ids = np.concatenate(encoded)
         if not len(self.ids):
             raise InputError("the noise has no tokens: give --noise a text file or folder")
-        self.longest_piece = int(np.diff(self.starts).max())
         sentences = [*(fact.sentence for fact in all_facts()), *(relation.sentence for relation in all_relations())]
         self.longest_sentence = max(len(self.whole(f"\n{sentence}")) for sentence in sentences) + 1
 

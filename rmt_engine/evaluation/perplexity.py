@@ -4,8 +4,8 @@ A target is one full segment of a document. For each column the memory starts fr
 segments, those just before the target; then the target's tokens are scored. Their first one is left out: only the rows
 inside the target predict the rest, so columns differ in the memory state and in nothing else.
 
-Two controls read as much: `reset`, the memory put back to its initial state before the target, which must show nothing,
-and `other`, the memory that the column gave to another target, of another text or place: what the kind of text gains.
+Two controls: `reset`, the memory put back to its initial state before the target, the same in every column, and `other`,
+the memory that the column gave to another target, of another text or place: what the kind of text gains.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Plan:
 
     def loads(self, engine: Engine, slots: int) -> list[Load]:
         """What is to be computed, as `cost.estimate` takes it. Scoring a target is counted as a step."""
-        steps = sum(self.segments) + 3 * len(self.segments)
+        steps = sum(self.segments) + 2 * len(self.segments) + 1
         sizes = [len(part) for part in np.array_split(np.arange(self.targets), -(-self.targets // slots))]
         return [Load(size, steps, size * steps * engine.config.segment_size) for size in sizes]
 
@@ -176,6 +176,8 @@ def _losses(engine: Engine, batch: Sequence[Target], segments: Sequence[int], on
     size, before = engine.config.segment_size, segments[-1]
     ids = torch.from_numpy(np.stack([target.ids for target in batch])).to(engine.device)
     last = ids[:, before * size :]
+    reset = _nll(engine, last, engine.initial_memory(len(batch)))
+    on_step(last.numel())
     columns = []
     for count in segments:
         memory = engine.initial_memory(len(batch))
@@ -183,9 +185,8 @@ def _losses(engine: Engine, batch: Sequence[Target], segments: Sequence[int], on
             memory = engine.executor.fold(ids[:, segment * size : (segment + 1) * size], memory)
             on_step(size * len(batch))
         another = memory.roll(max(len(batch) // 2, 1), 0)  # in one text, the target furthest away
-        states = (memory, engine.initial_memory(len(batch)), another)
-        columns.append(np.stack([_nll(engine, last, state) for state in states], axis=1))
-        on_step(3 * size * len(batch))
+        columns.append(np.stack([_nll(engine, last, memory), reset, _nll(engine, last, another)], axis=1))
+        on_step(2 * last.numel())
     losses = np.stack(columns, axis=1)
     if len(batch) == 1:
         losses[:, :, 2] = np.nan

@@ -15,8 +15,6 @@ from rmt_engine.evaluation.drift import Drift
 from rmt_engine.evaluation.perplexity import Change, Result
 from rmt_engine.evaluation.retrieval import PLACES, Cell
 
-FORMATS = ("table", "md", "csv", "json")
-
 
 def cell_dict(cell: Cell) -> dict[str, Any]:
     """A cell as JSON holds it."""
@@ -93,7 +91,7 @@ def _of(cells: Sequence[Cell], task: str) -> list[Cell]:
 
 
 def babilong(scores: Sequence[Score], kind: str, about: Mapping[str, Any]) -> str:
-    """Scores of BABILong's files in one of `FORMATS`."""
+    """Scores of BABILong's files, in the same formats."""
     if kind == "json":
         found = [{**asdict(s), "accuracy": s.accuracy, "interval": s.interval} for s in scores]
         return json.dumps({**about, "scores": found})
@@ -118,7 +116,7 @@ def _percents(score: Score | Cell) -> list[str]:
 
 
 def drift(found: Sequence[Drift], kind: str, about: Mapping[str, Any]) -> str:
-    """Paired trials under two dtypes in one of `FORMATS`."""
+    """Paired trials under two dtypes, in the same formats."""
     if kind == "json":
         return json.dumps({**about, "drift": [_drift_dict(row) for row in found]})
     first, second = found[0].dtypes
@@ -150,7 +148,7 @@ def _drift_row(row: Drift) -> list[str]:
 
 
 def perplexity(result: Result, kind: str, about: Mapping[str, Any]) -> str:
-    """Perplexity over segments read before, in one of `FORMATS`."""
+    """Perplexity over segments read before, in the same formats."""
     if kind == "json":
         return json.dumps({**about, **_finite(asdict(result))})
     header = ["segments before", "perplexity", "change", "memory reset", "change", "another's memory", "change"]
