@@ -4,8 +4,8 @@ A target is one full segment of a document. For each column the memory starts fr
 segments, those just before the target; then the target's tokens are scored. Their first one is left out: only the rows
 inside the target predict the rest, so columns differ in the memory state and in nothing else.
 
-Two controls: `reset`, the memory put back to its initial state before the target, the same in every column, and `other`,
-the memory that the column gave to another target, of another text or place: what the kind of text gains.
+Two controls: `reset`, the memory put back to its initial state before the target (the same in every column), and
+`other`, the memory that the column gave to another target, of another text or place: what the kind of text gains.
 """
 
 from __future__ import annotations
