@@ -129,15 +129,15 @@ LINEAR: dict[tuple[Arch, Width, bool], LinearConfig] = {  # (arch, width, few ro
     ("sm_80", "full", True): LinearConfig(16, 64, 32, warps=4, stages=4),
     ("sm_90", "half", False): LinearConfig(64, 128, 64, warps=4, stages=4, tma=True),
     ("sm_90", "half", True): LinearConfig(16, 64, 64, warps=4, stages=6, tma=True),
-    ("sm_90", "full", False): LinearConfig(64, 64, 16, warps=8, stages=3),
+    ("sm_90", "full", False): LinearConfig(64, 64, 16, warps=4, stages=3),
     ("sm_90", "full", True): LinearConfig(16, 64, 32, warps=4, stages=4),
     ("sm_100", "half", False): LinearConfig(128, 128, 64, warps=8, stages=4, tma=True),
-    ("sm_100", "half", True): LinearConfig(16, 64, 128, warps=4, stages=5, tma=True),
+    ("sm_100", "half", True): LinearConfig(16, 64, 64, warps=4, stages=6, tma=True),
     ("sm_100", "full", False): LinearConfig(64, 64, 16, warps=4, stages=3),
     ("sm_100", "full", True): LinearConfig(16, 64, 32, warps=4, stages=4),
 }
 
-# (width, few packed rows, heads wider than 64). Alike on all three until somebody tunes them.
+# (width, few packed rows, heads wider than 64). Alike on all three until somebody tunes them, but for what follows.
 _ATTENTION: dict[tuple[Width, bool, bool], AttentionConfig] = {
     ("half", False, False): AttentionConfig(64, 64, warps=4, stages=2),
     ("half", False, True): AttentionConfig(64, 32, warps=4, stages=2),
@@ -149,6 +149,10 @@ _ATTENTION: dict[tuple[Width, bool, bool], AttentionConfig] = {
     ("full", True, True): AttentionConfig(16, 32, warps=4, stages=1),
 }
 ATTENTION: dict[Arch, dict[tuple[Width, bool, bool], AttentionConfig]] = {arch: dict(_ATTENTION) for arch in ARCHS}
+# (arch, width, few packed rows, padded head), where the above would spill.
+ATTENTION_OF_HEADS: dict[tuple[Arch, Width, bool, int], AttentionConfig] = {
+    ("sm_80", "half", True, 32): AttentionConfig(16, 64, warps=4, stages=2),
+}
 
 TUNED = Path(__file__).parent / "tuned"
 
@@ -218,7 +222,8 @@ def linear_config(
 
 
 def default_attention_config(arch: Arch, dtype: torch.dtype, packed_rows: int, block_d: int) -> AttentionConfig:
-    return ATTENTION[arch][width_of(dtype), few(packed_rows), block_d > 64]
+    width, is_few = width_of(dtype), few(packed_rows)
+    return ATTENTION_OF_HEADS.get((arch, width, is_few, block_d)) or ATTENTION[arch][width, is_few, block_d > 64]
 
 
 def attention_config(arch: Arch, dtype: torch.dtype, packed_rows: int, block_d: int, causal: bool) -> AttentionConfig:
