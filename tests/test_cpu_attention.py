@@ -163,6 +163,8 @@ def test_what_is_wrong_is_said() -> None:
         plan(q, torch.zeros(2, 8, 4), v, length=8)
     with pytest.raises(ValueError, match=r"expected one of float32, bfloat16, float16 on the CPU, got .*float64"):
         plan(q, k, v.double(), length=8)
+    with pytest.raises(ValueError, match=r"on the CPU, got .*float32 on meta"):
+        plan(q.to("meta"), k, v, length=8)
     with pytest.raises(ValueError, match=r"^length: expected 1\.\.8, got 9"):
         plan(q, k, v, length=9)
     with pytest.raises(ValueError, match=r"^rope has 16 positions; row 16 is behind them"):
@@ -210,8 +212,12 @@ def test_a_row_of_a_linear_has_its_bits_alone(threads: int) -> None:
 
 def test_a_linear_says_what_is_wrong() -> None:
     ours = NativeLinear(Linear(torch.zeros(3, 4)))
-    with pytest.raises(ValueError, match=r"expected float32 \[\.\.\., 4\], got torch.float64 \[2, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"expected float32 \[\.\.\., 4\] on the CPU, got torch.float64 \[2, 4\] on cpu"
+    ):
         ours(torch.zeros(2, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"on the CPU, got torch.float32 \[2, 4\] on meta"):
+        ours(torch.zeros(2, 4, device="meta"))
     with pytest.raises(ValueError, match="other: expected 2 rows of 3, got 1"):
         ours.add(torch.zeros(2, 4), torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"weight: expected contiguous float32 of 2 dim.* on the CPU, came float64"):

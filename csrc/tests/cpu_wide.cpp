@@ -1,7 +1,7 @@
-// The kernels with tiles of twelve rows, as for AVX-512, in vectors that every CPU has: so that these tiles are tested
-// on machines without it.
+// The kernels in AVX-512's vectors and tiles, sixteen floats and twelve rows, compiled to instructions that every CPU
+// has: so that they are tested on machines without it.
 #define RMT_TARGET wide
-#define RMT_LANES 4
+#define RMT_LANES 16
 #define RMT_ROWS 12
 #include "cpu/body.hpp"
 

@@ -89,8 +89,8 @@ class NativeLinear:
 
 def _rows(x: Tensor, width: int) -> Tensor:
     """x [..., width] as fp32 rows whose elements lie side by side."""
-    if x.dtype != torch.float32 or x.shape[-1] != width:
-        raise ValueError(f"expected float32 [..., {width}], got {x.dtype} {list(x.shape)}")
+    if x.dtype != torch.float32 or x.shape[-1] != width or not x.is_cpu:
+        raise ValueError(f"expected float32 [..., {width}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}")
     rows = x.reshape(-1, width)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from rmt_kernels.cpu_linear import plan_norm
 from rmt_kernels.head_norm import HeadNorm, heads_of
-from rmt_kernels.norm_linear.cpu import plan_norm
 from rmt_kernels.weights import Norm
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rmt_kernels.dispatch import implementation
-from rmt_kernels.per_slot import PerSlot, Rows
+from rmt_kernels.per_slot import Rows
 from rmt_kernels.weights import Activation, Linear, Norm
 
 # f(hidden [B, T, E], rows) -> q of those rows [B, R, ·], k and v of all rows [B, T, ·]
@@ -42,9 +42,7 @@ def plan_qkv(q: Linear, k: Linear, v: Linear, norm: Norm | None, *, queries_apar
 
         def project_apart(hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
             keys, values = key_value(hidden).split(widths[1:], dim=-1)
-            if isinstance(rows.start, PerSlot):
-                return query(hidden, rows), keys, values
-            return query(rows.of(hidden)), keys, values
+            return query(hidden, rows), keys, values
 
         return project_apart
 

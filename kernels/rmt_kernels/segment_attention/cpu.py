@@ -78,7 +78,7 @@ class NativeAttention:
         dims("v", v, "B T E", **bound)
         tensors = (q, k, v) if cache is None else (q, k, v, cache.keys, cache.values)
         for x in tensors:
-            if x.dtype != q.dtype or x.dtype not in DTYPES or x.is_cuda:
+            if x.dtype != q.dtype or x.dtype not in DTYPES or not x.is_cpu:
                 found = ", ".join(f"{x.dtype} on {x.device}" for x in tensors)
                 raise ValueError(f"attention: expected one of {', '.join(DTYPES.values())} on the CPU, got {found}")
         if isinstance(length, int) and not 1 <= length <= bound["T"]:
