@@ -123,6 +123,8 @@ void GraphRunner::release() noexcept {
   for (cuda::Stream stream : {up_, down_}) {
     if (stream != nullptr) cuda_.synchronize_stream.function(stream);
   }
+  // The counter is uploaded on the caller's stream, and its launches read the rings.
+  if (pinned_ != nullptr) cuda_.synchronize_stream.function(options_.compute);
   for (const Piece& piece : pieces_) {
     for (cuda::Event event : {piece.uploaded, piece.computed, piece.downloaded}) {
       if (event != nullptr) cuda_.destroy_event.function(event);

@@ -168,7 +168,7 @@ inline DriverTable table() {
   };
   t.free_host.function = [](void* memory) {
     // No copy may still want it.
-    for (Queue* queue : driver->streams) CHECK(queue->operations.empty());
+    for (Queue* queue : driver->queues()) CHECK(queue->operations.empty());
     CHECK(driver->pinned.erase(memory) == 1);
     std::free(memory);
     return kSuccess;
