@@ -184,6 +184,7 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N: where the memory is planned")
     doctor.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    doctor.add_argument("--slots", type=_count, default=1, metavar="N", help="documents side by side (default: 1)")
     _add_model(doctor)
 
 

@@ -18,7 +18,7 @@ from rmt_kernels import dispatch
 from rmt_engine import _C, checkpoint
 from rmt_engine.checkpoint.loading import is_converted
 from rmt_engine.config import RMTConfig
-from rmt_engine.graph_plan import Sizes, first_keys, plan_graphs
+from rmt_engine.graph_plan import STREAMS, Sizes, keys_for, logits_bytes, plan_graphs
 from rmt_engine.memory_plan import plan_memory
 from rmt_engine.recording import why_no_graphs
 
@@ -154,13 +154,17 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def examine_model(path: str | Path, device: torch.device, dtype: torch.dtype, **arguments: Any) -> dict[str, Any]:
-    """A checkpoint's memory on this machine. Raises what `checkpoint.load` raises."""
+def examine_model(
+    path: str | Path, device: torch.device, dtype: torch.dtype, slots: int = 1, **arguments: Any
+) -> dict[str, Any]:
+    """A checkpoint's memory on this machine. slots: that its graphs are captured for. Raises what `checkpoint.load`
+    raises."""
     config, stored = _config(path, arguments)
     plan = plan_memory(config, dtype, stored, device=device.type)
     graph_dtype = dtype if device.type == "cuda" else torch.bfloat16
     sizes = Sizes.of(config, graph_dtype)
     free = system_memory()["free"] if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    graphs = plan_graphs(sizes, keys_for(sizes, slots)).to_dict()
     return {
         "path": str(path),
         "model_type": config.model_type,
@@ -169,7 +173,7 @@ def examine_model(path: str | Path, device: torch.device, dtype: torch.dtype, **
         "segment_size": config.segment_size,
         "num_mem_tokens": config.num_mem_tokens,
         "bytes": plan.to_dict(),
-        "graphs": {"dtype": _name(graph_dtype), **plan_graphs(sizes, first_keys(sizes)).to_dict()},
+        "graphs": {"dtype": _name(graph_dtype), **graphs, "logits": logits_bytes(sizes, slots)},
         "fits": None if free is None else plan.total <= free,
     }
 
@@ -239,15 +243,19 @@ GRAPH_WORDS = {
     "total": "in all",
     "pinned": "pinned, of the host",
 }
+    "logits": "logits of all tokens",
 
 
 def _describe_graphs(graphs: Mapping[str, Any]) -> list[str]:
-    steps: dict[str, list[str]] = {}
+    sizes: dict[str, list[str]] = {}
     for graph in graphs["graphs"]:
-        steps.setdefault(graph["step"], []).append(f"{graph['slots']}×{graph['segments']}")
-    listed = ", ".join(f"{step} {' and '.join(shapes)}" for step, shapes in steps.items())
-    lines = ["", f"captured on a GPU in {graphs['dtype']} when an engine is built (slots×segments): {listed}"]
-    return lines + [f"{words:<26} {_size(graphs[name])}" for name, words in GRAPH_WORDS.items()]
+        sizes.setdefault(graph["step"], []).append(str(graph["segments" if graph["step"] in STREAMS else "slots"]))
+    alike: dict[str, list[str]] = {}
+    for step, counts in sizes.items():
+        alike.setdefault(f"{', '.join(counts)} {'segments' if step in STREAMS else 'slots'}", []).append(step)
+    listed = "; ".join(f"{', '.join(steps)} of {counts}" for counts, steps in alike.items())
+    lines = ["", f"captured on a GPU in {graphs['dtype']} when an engine is built: {listed}"]
+    return lines + [f"{words:<26} {_size(graphs[name])}" for name, words in GRAPH_WORDS.items() if graphs[name]]
 
 
 def _size(size: int | None) -> str:

@@ -78,13 +78,15 @@ class Engine:
         dtype: str = "auto",
         backend: str = "auto",
         executor: str = "auto",
+        slots: int = 1,
         **checkpoint_arguments: Any,
     ) -> Engine:
         """Loads a converted folder, the authors' files (with `base=`, `segment_size=`, …) or a hub id.
 
         None is the small checkpoint that ships inside the package. dtype: auto (float32 on a CPU, bfloat16 on a GPU),
         float32, bfloat16, float16. executor: eager runs op after op; graph replays captured CUDA graphs, with the same
-        bits; auto takes graphs where the Triton kernels run. Raises CheckpointError, BackendError, ValueError.
+        bits; auto takes graphs where the Triton kernels run. slots: streams side by side for which graphs are captured
+        now; more are captured when they are first needed. Raises CheckpointError, BackendError, ValueError.
         """
         where = device_of(device)  # a mistake here is told before gigabytes are read
         _executor_name(executor, where, _backend(backend, where, dtype_of(dtype, where)))
@@ -93,7 +95,7 @@ class Engine:
         folder = checkpoint.tokenizer_folder(path, checkpoint_arguments.get("base"))
         tokenizer = None if folder is None else Tokenizer.from_folder(folder)
         choices = {"device": device, "dtype": dtype, "backend": backend, "executor": executor}
-        return cls.from_weights(config, weights, tokenizer, **choices)
+        return cls.from_weights(config, weights, tokenizer, slots=slots, **choices)
 
     @classmethod
     def from_weights(
@@ -107,13 +109,16 @@ class Engine:
         backend: str = "auto",
         executor: str = "auto",
     ) -> Engine:
+        slots: int = 1,
         """An engine over tensors under their Hugging Face names, and `memory` [M, E]."""
         where = device_of(device)
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1; got {slots}")
         precision = dtype_of(dtype, where)
         backend = _backend(backend, where, precision)
         placed = {name: tensor.to(where, precision) for name, tensor in weights.items()}
         backbone = module_of(config.model_type).build(config.backbone, placed, backend)
-        runs = _executor(executor, config, backbone, placed["memory"], backend)
+        runs = _executor(executor, config, backbone, placed["memory"], backend, slots)
         engine = cls(config, runs, tokenizer, backend)
         engine._weights = weights
         return engine
@@ -341,12 +346,14 @@ def _executor_name(executor: str, device: torch.device, backend: str) -> str:
     return executor
 
 
-def _executor(executor: str, config: RMTConfig, backbone: Backbone, memory: Tensor, backend: str) -> EagerExecutor:
+def _executor(
+    executor: str, config: RMTConfig, backbone: Backbone, memory: Tensor, backend: str, slots: int
+) -> EagerExecutor:
     """On a GPU both executors compute in the same shapes, so that their bits are the same."""
     on_gpu = memory.device.type == "cuda"
     if _executor_name(executor, memory.device, backend) == "eager":
         return EagerExecutor(config, backbone, memory, fixed=on_gpu)
-    return GraphExecutor(config, backbone, memory, CudaRecorder(memory.device))
+    return GraphExecutor(config, backbone, memory, CudaRecorder(memory.device), slots)
 
 
 def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rmt_engine.backbones.common import Backbone, run_blocks
 from rmt_engine.config import RMTConfig
-from rmt_engine.graph_plan import answer_rows
+from rmt_engine.graph_plan import LEAST_ROOM, answer_rows
 from rmt_engine.layouts import DecoderLayout, EncoderLayout, layout_of, padded
 
 
@@ -34,6 +34,9 @@ class EagerExecutor:
         self.initial = memory  # [M, E]
         self.segment_size = config.segment_size
         self.fixed = fixed
+
+    def prepare(self, slots: int = 1, max_new_tokens: int = LEAST_ROOM) -> None:
+        """What can be made ready for so many slots side by side and answers of so many tokens: here nothing."""
 
     def initial_memory(self, batch: int = 1) -> Tensor:
         return self.initial.expand(batch, *self.initial.shape).clone()
@@ -81,9 +84,16 @@ class EagerExecutor:
         if isinstance(self.layout, EncoderLayout):
             hidden = self._layers(ids, memory, Rows(0, 1 + count), lengths)
             return self.backbone.write_memory(hidden[:, 1:]), self.backbone.head(hidden[:, 0])
-        hidden = self._layers(ids, memory, Rows(count, text + count), lengths)  # [B, L + M, E]
-        written = self.backbone.write_memory(hidden, Rows(text_of(ids, lengths), count))
+        written, hidden = self.fold_with_rows(ids, memory, lengths)
         return written, self.backbone.head(hidden[:, :text])[:, :asked]
+
+    @torch.inference_mode()
+    def fold_with_rows(self, ids: Tensor, memory: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One segment of a decoder -> the new memory state, and the last hidden states of its text and of what stands
+        behind it [B, L + M, E]: the head makes the logits of their first L rows."""
+        text, count = ids.shape[1], self.layout.num_mem_tokens
+        hidden = self._layers(ids, memory, Rows(count, text + count), lengths)
+        return self.backbone.write_memory(hidden, Rows(text_of(ids, lengths), count)), hidden
 
     @torch.inference_mode()
     def fold_with_scores(

@@ -20,14 +20,18 @@ from rmt_engine.backbones.common import Backbone
 from rmt_engine.config import RMTConfig
 from rmt_engine.executors import EagerExecutor
 from rmt_engine.graph_plan import (
+    ANSWERS,
+    LEAST_ROOM,
     STREAM_SEGMENTS,
+    STREAMS,
     GraphKey,
     GraphPlan,
     Sizes,
     Step,
     answer_rows,
-    first_keys,
+    keys_for,
     plan_graphs,
+    pool_of,
     slots_bucket,
     step_buffers,
 )
@@ -57,8 +61,9 @@ class AnswerCaches(list[KVCache]):
 class GraphExecutor(EagerExecutor):
     """Replays recorded steps. Inputs and results are those of `EagerExecutor` with `fixed=True`; results are copies.
 
-    slots: how many stand side by side in what is recorded when it is built; more is recorded on first use. Calls of
-    several threads follow one another. Raises BackendError, and torch.OutOfMemoryError where not one slot fits.
+    slots: how many stand side by side at most in what is recorded when it is built, as `prepare` says; what goes beyond
+    is recorded on first use. Calls of several threads follow one another. Raises BackendError, and
+    torch.OutOfMemoryError where not one slot fits.
     """
 
     def __init__(
@@ -73,31 +78,56 @@ class GraphExecutor(EagerExecutor):
         self._lock = threading.RLock()
         self._steps: dict[tuple[Step, int], Recorded] = {}
         self._free_answers: dict[tuple[int, int], list[Recorded]] = {}  # by slots and room: of nobody's now
-        for key in first_keys(self.sizes, slots):
-            if key.step in ("prefill", "decode"):
-                self._recording(self._free_answer(key), key)
-            else:
-                self.recorded(key)
+        self.prepare(slots)
+
+    def prepare(self, slots: int = 1, max_new_tokens: int = LEAST_ROOM) -> None:
+        """Records what is not yet recorded of `keys_for`; for fewer slots where memory ends."""
+        with self._lock:
+            for key in keys_for(self.sizes, slots, max_new_tokens):
+                if self.most_slots is not None and key.slots > self.most_slots:
+                    return
+                try:
+                    self._prepare(key)
+                except torch.OutOfMemoryError:
+                    if key.slots == 1:
+                        raise
+                    self.most_slots = key.slots // 2
+
+    def _prepare(self, key: GraphKey) -> None:
+        if key.step in ANSWERS:
+            free = self._free_answers.setdefault((key.slots, key.room), [])
+            recorded = free[-1] if free else Recorded(self._allocated(key))
+            self._recording(recorded, key)
+            if not free:
+                free.append(recorded)
+            return
+        recorded = self.recorded(key)
+        if key == GraphKey("logits") and self.sizes.decoder:  # the head stands behind the graph: compile its kernel now
+            self._logits(recorded.recordings[key].result[1])
 
     @property
     def plan(self) -> GraphPlan:
         """What is recorded and not in use by an answer."""
         free = [recorded for answers in self._free_answers.values() for recorded in answers]
         plans = [plan_graphs(self.sizes, tuple(recorded.recordings)) for recorded in (*self._steps.values(), *free)]
-        return GraphPlan(
-            keys=tuple(key for plan in plans for key in plan.keys),
-            buffers=sum(plan.buffers for plan in plans),
+        keys = tuple(key for plan in plans for key in plan.keys)
+        return replace(
+            plan_graphs(self.sizes, keys),
+            buffers=sum(plan.buffers for plan in plans),  # two answers of one size share none
             outputs=sum(plan.outputs for plan in plans),
-            workspace=max(plan.workspace for plan in plans),
-            pinned=sum(plan.pinned for plan in plans),
         )
 
     def fold(self, ids: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Tensor:
         return self._side_by_side("fold", ids, memory, lengths)[0]
 
     def fold_with_logits(self, ids: Tensor, memory: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        state, logits = self._side_by_side("logits", ids, memory, lengths)
-        return state, logits[:, : ids.shape[1]] if self.sizes.decoder else logits
+        state, result = self._side_by_side("logits", ids, memory, lengths)
+        return state, self._logits(result)[:, : ids.shape[1]] if self.sizes.decoder else result
+
+    @torch.inference_mode()
+    def _logits(self, rows: Tensor) -> Tensor:
+        """Of all tokens, from the last hidden states [B, S + M, E]: one op behind the graph, so that none is kept."""
+        return self.backbone.head(rows[:, : self.sizes.segment])
 
     def fold_with_scores(
         self,
@@ -226,21 +256,21 @@ class GraphExecutor(EagerExecutor):
     def stream_graphs(self, scored: bool) -> Recorded:
         """The graphs that fold a stream's segments out of the ring in their buffers."""
         step: Step = "scored stream" if scored else "stream"
-        with self._lock:
-            for segments in STREAM_SEGMENTS:
-                recorded = self.recorded(GraphKey(step, 1, segments))
+        for segments in STREAM_SEGMENTS:
+            recorded = self.recorded(GraphKey(step, 1, segments))
         return recorded
 
     def recorded(self, key: GraphKey) -> Recorded:
         """The buffers and recordings of a step that is no answer; made on first use."""
-        recorded = self._steps.get((key.step, key.slots)) or Recorded(self._allocated(key))
-        self._recording(recorded, key)
-        self._steps[key.step, key.slots] = recorded  # only now: memory may have run out before
+        with self._lock:
+            recorded = self._steps.get((key.step, key.slots)) or Recorded(self._allocated(key))
+            self._recording(recorded, key)
+            self._steps[key.step, key.slots] = recorded  # only now: memory may have run out before
         return recorded
 
     def _recording(self, recorded: Recorded, key: GraphKey) -> Recording:
         if key not in recorded.recordings:
-            recorded.recordings[key] = self.recorder.record(self._work(key, recorded.buffers))
+            recorded.recordings[key] = self.recorder.record(self._work(key, recorded.buffers), pool_of(key))
         return recorded.recordings[key]
 
     @torch.inference_mode(False)
@@ -256,7 +286,7 @@ class GraphExecutor(EagerExecutor):
         """What a graph does, over its buffers."""
         ids, memory, lengths = buffers.get("ids"), buffers["memory"], buffers["lengths"]
         assert ids is not None
-        if key.step in ("stream", "scored stream"):
+        if key.step in STREAMS:
             return lambda: self._fold_from_ring(buffers, key.segments)
         if key.step == "prefill":
             return lambda: (self.eager.answering(ids, lengths, memory, self._views(buffers, 0)),)
@@ -265,7 +295,8 @@ class GraphExecutor(EagerExecutor):
         if key.step == "scores":
             return lambda: self.eager.fold_with_scores(ids, memory, buffers["before"], lengths, buffers["begun"])
         if key.step == "logits":
-            return lambda: self.eager.fold_with_logits(ids, memory, lengths)
+            whole = self.eager.fold_with_rows if self.sizes.decoder else self.eager.fold_with_logits
+            return lambda: whole(ids, memory, lengths)
         step = {"fold": self.eager.fold, "classify": self.eager.logits}[key.step]
         return lambda: (step(ids, memory, lengths),)
 

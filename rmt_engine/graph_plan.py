@@ -14,15 +14,18 @@ from typing import Any, Literal
 import torch
 
 from rmt_engine.config import RMTConfig
-from rmt_engine.layouts import padded
+from rmt_engine.layouts import ROW_MULTIPLE, padded
 from rmt_engine.memory_plan import Widths
 
 Step = Literal["fold", "logits", "scores", "classify", "prefill", "decode", "stream", "scored stream"]
+STREAMS: tuple[Step, ...] = ("stream", "scored stream")  # launched by the C++ runner
+ANSWERS: tuple[Step, ...] = ("prefill", "decode")
 
 STREAM_SEGMENTS = (8, 1)  # that one launch folds: eight, and one for what eights leave
 PIECE_SEGMENTS = 64  # that are uploaded in one piece
 PIECES = 2  # in the ring: one is filled while the other is computed
 LEAST_ROOM = 16  # new tokens of an answer; more is the next power of two
+MOST_ANSWERS = ROW_MULTIPLE  # that are decoded side by side
 SPLIT_BYTES = 148 * 128 * 128 * 4  # fp32 parts of a split GEMM, at most: a tile for each multiprocessor, of one slot
 
 
@@ -120,9 +123,9 @@ def ring_width(segment_size: int) -> int:
 def step_buffers(sizes: Sizes, key: GraphKey) -> tuple[Buffer, ...]:
     """What a graph of `key` reads and writes beyond weights, its own results apart. Graphs of one step and one number
     of slots share them."""
-    if key.step in ("stream", "scored stream"):
+    if key.step in STREAMS:
         return _stream_buffers(sizes, key.step == "scored stream")
-    if key.step == "prefill" or key.step == "decode":
+    if key.step in ANSWERS:
         return _answer_buffers(sizes, key)
     buffers = [
         Buffer("ids", (key.slots, sizes.segment), torch.int64),
@@ -172,19 +175,26 @@ def _stream_buffers(sizes: Sizes, scored: bool) -> tuple[Buffer, ...]:
 
 def output_bytes(sizes: Sizes, key: GraphKey) -> int:
     """Results of a graph, which stay where it wrote them until its next replay."""
-    state = key.slots * sizes.memory * sizes.width * sizes.dtype.itemsize
+    hidden = key.slots * sizes.width * sizes.dtype.itemsize  # a row of each slot
+    state = sizes.memory * hidden
     row = key.slots * sizes.outputs * 4
     if key.step == "fold":
         return state
-    if key.step == "logits":
-        return state + row * (sizes.segment if sizes.decoder else 1)
+    if key.step == "logits":  # a decoder's graph ends before the head: logits of all tokens are the caller's own
+        return state + ((sizes.segment + sizes.memory) * hidden if sizes.decoder else row)
     if key.step == "scores":
-        return state + key.slots * (sizes.segment * 4 + sizes.width * sizes.dtype.itemsize)
-    return 0 if key.step in ("stream", "scored stream") else row
+        return state + key.slots * sizes.segment * 4 + hidden
+    return 0 if key.step in STREAMS else row
+
+
+def logits_bytes(sizes: Sizes, slots: int) -> int:
+    """Logits of all tokens of one segment, fp32: 4 · slots · S · V, behind the graph and the caller's own. Of a
+    classifier they are a graph's result."""
+    return 4 * slots * sizes.segment * sizes.outputs if sizes.decoder else 0
 
 
 def workspace_bytes(sizes: Sizes, key: GraphKey) -> int:
-    """What lives at once inside a graph; the graphs of an engine share it, for only one of them runs at a time.
+    """What lives at once inside a graph; graphs of which only one runs at a time share it: see `pool_of`.
 
     Activations of the wider half of a layer, and the fp32 parts that a GEMM leaves to be summed.
     """
@@ -197,7 +207,8 @@ def workspace_bytes(sizes: Sizes, key: GraphKey) -> int:
 class GraphPlan:
     """The graphs captured when an engine is built, and bytes on the card beside the weights.
 
-    buffers: static tensors; outputs: results; workspace: of the largest graph; pinned: of the host, for uploads.
+    buffers: static tensors; outputs: results; workspace: of the largest graph of each pool; pinned: of the host, for
+    uploads.
     """
 
     keys: tuple[GraphKey, ...]
@@ -217,14 +228,28 @@ class GraphPlan:
         return {"graphs": graphs, **sizes}
 
 
-def first_keys(sizes: Sizes, slots: int = 1, max_new_tokens: int = LEAST_ROOM) -> tuple[GraphKey, ...]:
-    """What is captured when an engine is built: a stream, `slots` side by side, an answer. The rest on first use."""
+def keys_for(sizes: Sizes, slots: int = 1, max_new_tokens: int = LEAST_ROOM) -> tuple[GraphKey, ...]:
+    """All that is captured for up to `slots` slots: a stream and every step, the fewest slots first.
+
+    Answers of up to max_new_tokens behind a full segment; at most 16 of them side by side. Raises ValueError for less
+    than one of either.
+    """
     bucket, room = slots_bucket(slots), answer_room(max_new_tokens)
-    keys = [GraphKey("stream", 1, segments) for segments in STREAM_SEGMENTS]
-    keys += [GraphKey("fold", n) for n in sorted({1, bucket})]
-    if sizes.decoder:
-        return (*keys, GraphKey("prefill", 1, room=room), GraphKey("decode", 1, room=room))
-    return (*keys, GraphKey("classify", 1))
+    streams = STREAMS if sizes.decoder else STREAMS[:1]
+    steps: tuple[Step, ...] = ("fold", "logits", "scores" if sizes.decoder else "classify")
+    keys = [GraphKey(step, 1, segments) for step in streams for segments in STREAM_SEGMENTS]
+    for n in (1 << power for power in range(bucket.bit_length())):
+        keys += [GraphKey(step, n) for step in steps]
+        if sizes.decoder and n <= MOST_ANSWERS:
+            keys += [GraphKey(step, n, room=room) for step in ANSWERS]
+    return tuple(keys)
+
+
+def pool_of(key: GraphKey) -> str:
+    """Graphs of one pool never run at the same time, so that they share their workspace. Those of a stream have their
+    own: the C++ runner launches them whenever it likes, also between another graph's replay and the copy of its result.
+    """
+    return "stream" if key.step in STREAMS else "steps"
 
 
 def plan_graphs(sizes: Sizes, keys: tuple[GraphKey, ...]) -> GraphPlan:
@@ -233,16 +258,19 @@ def plan_graphs(sizes: Sizes, keys: tuple[GraphKey, ...]) -> GraphPlan:
     ring = PIECES * PIECE_SEGMENTS * (ring_width(sizes.segment) + 1) * 8 + PIECES * 8 + PIECES * PIECE_SEGMENTS * 4
     scores = PIECES * PIECE_SEGMENTS * ring_width(sizes.segment) * 4
     steps = {key.step for key in keys}
+    workspaces: dict[str, int] = {}
+    for key in keys:
+        workspaces[pool_of(key)] = max(workspaces.get(pool_of(key), 0), workspace_bytes(sizes, key))
     return GraphPlan(
         keys=keys,
         buffers=sum(shared.values()),
         outputs=sum(output_bytes(sizes, key) for key in keys),
-        workspace=max((workspace_bytes(sizes, key) for key in keys), default=0),
-        pinned=(ring if steps & {"stream", "scored stream"} else 0) + (scores if "scored stream" in steps else 0),
+        workspace=sum(workspaces.values()),
+        pinned=(ring if steps & {*STREAMS} else 0) + (scores if "scored stream" in steps else 0),
     )
 
 
 def _family(key: GraphKey) -> tuple[str, int, int]:
     """Graphs that share their buffers."""
-    step = "answer" if key.step in ("prefill", "decode") else key.step
+    step = "answer" if key.step in ANSWERS else key.step
     return step, key.slots, key.room

@@ -53,8 +53,9 @@ class GraphStream(Generic[Mark]):
         self.queued: deque[Reached[Mark]] = deque()  # places whose pieces have not come back yet
         width = ring_width(executor.sizes.segment)
         self.rows = np.empty((0, width), dtype=np.float32)  # scores that have come back, of segments since `sure`
-        self._begin(place)
-        self.runner = self._runner(recorded)
+        with executor.recorder.on_device():  # the runner works in the context that is current now
+            self._begin(place)
+            self.runner = self._runner(recorded)
         self.runner.begin(place.rest.tolist(), place.next_size, place.size)
         executor.stream_in_use = True
 

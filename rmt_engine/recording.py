@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -27,14 +28,20 @@ class Recorder(Protocol):
 
     driver: str
 
-    def record(self, work: Work) -> Recording:
-        """Runs `work` (so what it touches changes) and records it. Raises what `work` raises."""
+    def record(self, work: Work, pool: str = "") -> Recording:
+        """Runs `work` (so what it touches changes) and records it. Raises what `work` raises.
+
+        pool: recordings with one name never run at the same time, and share the memory that they work in.
+        """
 
     def handle(self, recording: Any) -> tuple[int, object]:
         """What the C++ runner launches, and an object that must live as long."""
 
     def stream(self) -> int:
         """The CUDA stream that replays go to."""
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """The device is current in it."""
 
 
 class HostRecording:
@@ -56,7 +63,7 @@ class HostRecorder:
 
     driver = "host"
 
-    def record(self, work: Work) -> HostRecording:
+    def record(self, work: Work, pool: str = "") -> HostRecording:
         return HostRecording(work)
 
     def handle(self, recording: HostRecording) -> tuple[int, object]:
@@ -65,6 +72,9 @@ class HostRecorder:
 
     def stream(self) -> int:
         return 0
+
+    def on_device(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
 
 class CudaRecording:
@@ -78,7 +88,7 @@ class CudaRecording:
 
 
 class CudaRecorder:
-    """CUDA graphs of one device, whose memory inside is shared: only one of them runs at a time.
+    """CUDA graphs of one device.
 
     Raises BackendError where graphs cannot be captured or their driver cannot be called.
     """
@@ -89,27 +99,52 @@ class CudaRecorder:
         if reason := why_no_graphs(device):
             raise BackendError(f"executor 'graph' cannot run: {reason}")
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pools: dict[str, Any] = {}
         self.side = torch.cuda.Stream(device)
 
     @torch.inference_mode()
-    def record(self, work: Work) -> CudaRecording:
-        with torch.cuda.device(self.device):
-            here = torch.cuda.current_stream()
-            self.side.wait_stream(here)
-            with torch.cuda.stream(self.side):
-                work()  # compiles kernels and makes what is made once: neither may happen in a capture
-            here.wait_stream(self.side)
+    def record(self, work: Work, pool: str = "") -> CudaRecording:
+        handle = self.pools.setdefault(pool, torch.cuda.graph_pool_handle())
+        with self.on_device():
+            self._warm_up(work)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
+            with (
+                out_of_memory_first(),
+                torch.cuda.graph(graph, pool=handle, stream=self.side, capture_error_mode="thread_local"),
+            ):
                 result = work()
+            graph.replay()  # the first one uploads the graph: not in the middle of a stream
         return CudaRecording(graph, result)
+
+    def _warm_up(self, work: Work) -> None:
+        """Compiles kernels and makes what is made once: neither may happen in a capture."""
+        here = torch.cuda.current_stream()
+        self.side.wait_stream(here)
+        try:
+            with torch.cuda.stream(self.side):
+                work()
+        finally:  # what failed half-way may still write into memory that `here` gives away
+            here.wait_stream(self.side)
 
     def handle(self, recording: CudaRecording) -> tuple[int, object]:
         return recording.graph.raw_cuda_graph_exec(), recording
 
     def stream(self) -> int:
         return int(torch.cuda.current_stream(self.device).cuda_stream)
+
+    def on_device(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.device)
+
+
+@contextmanager
+def out_of_memory_first() -> Iterator[None]:
+    """Where memory ends in a capture, ending the capture fails too; who asked must hear of the memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, torch.OutOfMemoryError):
+            raise error.__context__ from error
+        raise
 
 
 def why_no_graphs(device: torch.device) -> str | None:

@@ -63,6 +63,8 @@ class DecodeSlots:
         """Prefills ids [L] behind memory [1, M, E], by itself: what its bits are must not depend on the other slots.
         -> the logits [V] of its last row."""
         tensor = torch.from_numpy(ids).to(memory.device)[None]
+        if self.size == 1:
+            self.caches = []  # a graph's buffers come back for this segment
         logits, caches = self.executor.prefill(tensor, memory, self.room - len(ids))
         if self.size == 1:
             self.caches = caches
@@ -133,7 +135,10 @@ def decode(
     the generator drops the KV caches. Without a tokenizer there is no text, and nothing is yielded.
     """
     answers = [Answer(prompt, how, tokenizer) for prompt in prompts]
-    room = max((len(prompt.ids) for prompt in prompts), default=0) + (how.max_new_tokens or 0)
+    longest = max((len(prompt.ids) for prompt in prompts), default=0)
+    if executor.fixed:  # caches of one size, whatever the prompts are: those that were made ready
+        longest = max(longest, executor.segment_size)
+    room = longest + (how.max_new_tokens or 0)
     slots = DecodeSlots(executor, min(len(prompts), DECODE_ROWS), segment_size + 1 if how.roll else room)
     waiting = iter(range(len(prompts)))
     in_slot: dict[int, int] = {}  # slot -> number of the answer

@@ -18,6 +18,7 @@ from torch import Tensor
 from rmt_engine.asking import answer, check_fits, check_question, decoding_of, question_ids
 from rmt_engine.documents import AnyDocument, OpenDocument, Reading, as_document
 from rmt_engine.errors import RMTError
+from rmt_engine.graph_plan import LEAST_ROOM
 from rmt_engine.memory import MemoryState
 from rmt_engine.sampling import DECODE_ROWS
 from rmt_engine.slot_count import batch_size, choose_slots
@@ -67,8 +68,10 @@ class SegmentBatch:
         for start in range(0, len(side_by_side), self.size):
             members = side_by_side[start : start + self.size]
             outputs = self._run([places[i] for i in members], [segments[i] for i in members])
+            finite = outputs[0].isfinite().flatten(1).all(1).tolist()  # the host waits for all slots together
             for row, i in enumerate(members):
-                done[i] = _after(places[i], segments[i], [output[row : row + 1] for output in outputs])
+                own = [output[row : row + 1] for output in outputs]
+                done[i] = _after(places[i], segments[i], own, finite[row])
         for i, before in enumerate(done):
             if before is None:
                 done[i] = _after(places[i], segments[i], self._run_alone(places[i], segments[i]))
@@ -86,7 +89,7 @@ class SegmentBatch:
         return executor.fold_with_scores(ids, place.memory, place.scores.row)
 
     def _run(self, places: Sequence[MemoryState], segments: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
-        """One call of the executor; the first rows hold something."""
+        """One call of the executor; the first rows hold something. Log-probabilities come to the host together."""
         executor, device, empty = self.engine.executor, self.engine.device, self.size - len(places)
         ids = np.zeros((self.size, self.engine.config.segment_size), dtype=np.int64)
         for row, segment in enumerate(segments):
@@ -100,15 +103,18 @@ class SegmentBatch:
         if not rows:
             return (executor.fold(tensor, memory, lengths),)
         blank = executor.initial.new_zeros(empty, executor.initial.shape[1])
-        return executor.fold_with_scores(tensor, memory, torch.cat([*rows, blank]), lengths)
+        state, scores, row = executor.fold_with_scores(tensor, memory, torch.cat([*rows, blank]), lengths)
+        return state, scores.cpu(), row
 
 
-def _after(place: MemoryState, ids: np.ndarray, outputs: Sequence[Tensor]) -> MemoryState | RMTError:
+def _after(
+    place: MemoryState, ids: np.ndarray, outputs: Sequence[Tensor], finite: bool | None = None
+) -> MemoryState | RMTError:
     memory, *scored = outputs
     try:
         if not scored:
-            return after_segment(place, len(ids), memory)
-        return after_segment(place, len(ids), memory, scored[0][:, : len(ids)], scored[1])
+            return after_segment(place, len(ids), memory, finite=finite)
+        return after_segment(place, len(ids), memory, scored[0][:, : len(ids)], scored[1], finite)
     except RMTError as error:
         return error
 
@@ -146,6 +152,8 @@ def run_many(
         raise ValueError(f"slots must be at least 1; got {slots}")
     questions = Questions(engine, (ask,) if isinstance(ask, str) else tuple(ask), max_new_tokens, how)
     size = 1 if batch_invariant else batch_size(engine, count)
+    answers = min(count * len(questions.ids), DECODE_ROWS)  # that may be decoded together
+    engine.executor.prepare(max(size, answers), questions.new_tokens)
     batch = SegmentBatch(engine, size, ragged=engine.device.type != "cpu")
     reader = _Reader(engine, documents, count, batch, Reading(errors, token_dtype, alignment, score, finish), on_step)
     results = questions.answered(reader.results(), min(count, DECODE_ROWS))
@@ -164,6 +172,13 @@ class Questions:
             for text in texts:
                 check_question(engine, text, self.how)
         self.ids = [question_ids(engine, text) for text in texts]
+
+    @property
+    def new_tokens(self) -> int:
+        """What an answer needs room for behind a full segment."""
+        if not self.ids or self.how.roll or self.how.max_new_tokens is None:
+            return LEAST_ROOM
+        return self.how.max_new_tokens
 
     def answered(
         self, results: Generator[DocumentResult | None, None, None], documents: int

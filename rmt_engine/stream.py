@@ -347,11 +347,17 @@ class Stream:
 
 
 def after_segment(
-    place: MemoryState, tokens: int, memory: Tensor, log_probabilities: Tensor | None = None, row: Tensor | None = None
+    place: MemoryState,
+    tokens: int,
+    memory: Tensor,
+    log_probabilities: Tensor | None = None,
+    row: Tensor | None = None,
+    finite: bool | None = None,
 ) -> MemoryState:
     """The place after a segment of `tokens` tokens, from what the executor gave for it: the new memory [1, M, E]; in a
-    stream that is scored also its log-probabilities [1, L] and last row [1, E]. Raises NumericalError."""
-    if not bool(memory.isfinite().all()):
+    stream that is scored also its log-probabilities [1, L] and last row [1, E]. finite: of the memory, where that is
+    known. Raises NumericalError."""
+    if not (bool(memory.isfinite().all()) if finite is None else finite):
         raise NumericalError(
             f"the memory state is not finite after segment {place.segments} (tokens {place.folded} to "
             f"{place.folded + tokens - 1}); the stream stands before it. Half-precision overflows where "

@@ -70,12 +70,14 @@ def test_a_machine_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_report_for_people(capsys: pytest.CaptureFixture[str], decoder_folder: Path) -> None:
-    assert main(["doctor", "--model", str(decoder_folder), "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    line = ["doctor", "--model", str(decoder_folder), "--device", "cpu", "--dtype", "bfloat16", "--slots", "3"]
+    assert main(line) == 0
     text = capsys.readouterr().out
     assert "backend cpu                yes" in text and "executor graph             no: " in text
     assert f"{decoder_folder}: gpt2, " in text and "on cpu in bfloat16 a stream takes" in text
-    graphs = "stream 1×8 and 1×1, fold 1×1, prefill 1×1, decode 1×1"
-    assert f"captured on a GPU in bfloat16 when an engine is built (slots×segments): {graphs}" in text
+    graphs = "stream, scored stream of 8, 1 segments; fold, logits, scores, prefill, decode of 1, 2, 4 slots"
+    assert f"captured on a GPU in bfloat16 when an engine is built: {graphs}" in text
+    assert "shared workspace " in text and "logits of all tokens " in text
 
 
 def test_a_path_that_is_no_checkpoint_has_its_own_exit_code(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -15,32 +16,36 @@ from rmt_engine.backbones import module_of
 from rmt_engine.errors import BackendError
 from rmt_engine.executors import EagerExecutor
 from rmt_engine.graph_executor import GraphExecutor
-from rmt_engine.graph_plan import GraphKey, plan_graphs
-from rmt_engine.recording import CudaRecorder, HostRecorder, Recording, Work
+from rmt_engine.graph_plan import GraphKey, keys_for, plan_graphs
+from rmt_engine.recording import CudaRecorder, HostRecorder, Recording, Work, out_of_memory_first
 
 SEGMENT = 21  # odd: a place of the ring is wider than a segment
 
 
 class CountingRecorder(HostRecorder):
-    """Knows what was recorded, and has no memory for more than `most` slots."""
+    """Knows how much was recorded in which pool, and has no memory for more than `most` slots."""
 
     def __init__(self, most: int = 64) -> None:
         self.most = most
         self.recorded = 0
+        self.pools: Counter[str] = Counter()
 
-    def record(self, work: Work) -> Recording:
-        recording = super().record(work)
+    def record(self, work: Work, pool: str = "") -> Recording:
+        recording = super().record(work, pool)
         if any(len(result) > self.most for result in recording.result):
             raise torch.OutOfMemoryError("no room")
         self.recorded += 1
+        self.pools[pool] += 1
         return recording
 
 
-def executors(tiny: TinyCheckpoint, backend: str = "cpu", most: int = 64) -> tuple[GraphExecutor, EagerExecutor]:
+def executors(
+    tiny: TinyCheckpoint, backend: str = "cpu", most: int = 64, slots: int = 1
+) -> tuple[GraphExecutor, EagerExecutor]:
     config, weights = tiny.rmt_config(SEGMENT), tiny.weights()
     backbone = module_of(config.model_type).build(config.backbone, weights, backend)
     memory = weights["memory"]
-    graph = GraphExecutor(config, backbone, memory, CountingRecorder(most))
+    graph = GraphExecutor(config, backbone, memory, CountingRecorder(most), slots)
     return graph, EagerExecutor(config, backbone, memory, fixed=True)
 
 
@@ -208,20 +213,54 @@ def test_results_are_copies(decoder: tuple[GraphExecutor, EagerExecutor]) -> Non
     assert torch.equal(first, kept)
 
 
-def test_nothing_is_recorded_twice() -> None:
+def recorder_of(graph: GraphExecutor) -> CountingRecorder:
+    assert isinstance(graph.recorder, CountingRecorder)
+    return graph.recorder
+
+
+def run_every_step(graph: GraphExecutor, slots: int, text: int) -> None:
+    call = inputs(graph, slots, text)
+    graph.fold(*call)
+    graph.fold_with_logits(*call)
+    if not graph.sizes.decoder:
+        graph.logits(*call)
+        return
+    graph.fold_with_scores(*call, None)
+    decoded(graph, slots, text, 3, 0)
+
+
+@pytest.mark.parametrize("tiny", [tiny_decoder("gpt2", seed=5, layers=1), tiny_encoder("bert", seed=3, layers=1)])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_all_that_an_engine_is_built_for_is_recorded_then(tiny: TinyCheckpoint, slots: int) -> None:
+    graph, _ = executors(tiny, slots=slots)
+    recorder = recorder_of(graph)
+    assert set(graph.plan.keys) == set(keys_for(graph.sizes, slots)) and recorder.recorded == len(graph.plan.keys)
+    at_first, planned = recorder.recorded, graph.plan
+    for text in (3, SEGMENT):
+        for some in range(1, slots + 1):
+            run_every_step(graph, some, text)
+    graph.stream_graphs(scored=graph.sizes.decoder)
+    gc.collect()
+    assert recorder.recorded == at_first and graph.plan == planned
+    assert recorder.pools == {"stream": 4 if graph.sizes.decoder else 2, "steps": at_first - recorder.pools["stream"]}
+
+
+def test_more_slots_and_longer_answers_are_recorded_on_first_use_or_when_they_are_prepared() -> None:
     graph, eager = executors(tiny_decoder("gpt2", seed=5, layers=1))
-    recorder = graph.recorder
-    assert isinstance(recorder, CountingRecorder)
+    recorder = recorder_of(graph)
     at_first = recorder.recorded
-    assert at_first == len(graph.plan.keys) == 5  # a stream's two, fold, prefill, decode
-    decoded(graph, 1, 5, 3, 0)
-    graph.fold(*inputs(eager, 1, 9))
-    assert recorder.recorded == at_first
     for text in (3, 9, SEGMENT):
         for slots in (3, 4):
             graph.fold(*inputs(eager, slots, text))
     assert recorder.recorded == at_first + 1
     assert GraphKey("fold", 4) in graph.plan.keys
+    graph.prepare(4, max_new_tokens=30)
+    prepared = recorder.recorded
+    run_every_step(graph, 4, SEGMENT)
+    decoded(graph, 4, SEGMENT, 30, 0)
+    assert prepared == recorder.recorded - 2  # the shorter answer's room of 16 was not asked for
+    graph.prepare(4, max_new_tokens=30)
+    assert recorder.recorded == prepared + 2
 
 
 def test_buffers_are_as_large_as_planned(
@@ -248,6 +287,11 @@ def test_fewer_slots_where_memory_ends() -> None:
         wanted = [eager.fold(call[0][i : i + 2], call[1][i : i + 2]) for i in range(0, slots, 2)]
         check_equal(graph.fold(*call), torch.cat(wanted))
     assert graph.most_slots == 2
+    built, _ = executors(tiny, most=2, slots=8)
+    assert built.most_slots == 2 and {key.slots for key in built.plan.keys} == {1, 2}
+    recorded = recorder_of(built).recorded
+    check_equal(built.fold(*call), torch.cat(wanted))
+    assert recorder_of(built).recorded == recorded
     with pytest.raises(torch.OutOfMemoryError):
         executors(tiny, most=0)
 
@@ -267,6 +311,16 @@ def test_what_cannot_be_meant(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         call(decoder[0])
+
+
+def test_memory_that_ends_in_a_capture_is_told_as_such() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="no room"), out_of_memory_first():
+        try:
+            raise torch.OutOfMemoryError("no room")
+        finally:
+            raise RuntimeError("the capture was invalidated")
+    with pytest.raises(RuntimeError, match="another fault"), out_of_memory_first():
+        raise RuntimeError("another fault")
 
 
 def test_a_recorder_of_graphs_says_why_it_cannot_run() -> None:

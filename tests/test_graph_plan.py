@@ -10,12 +10,14 @@ from rmt_engine.graph_plan import (
     PIECE_SEGMENTS,
     PIECES,
     STREAM_SEGMENTS,
+    STREAMS,
     GraphKey,
     Sizes,
     answer_room,
-    first_keys,
+    keys_for,
     output_bytes,
     plan_graphs,
+    pool_of,
     ring_width,
     slots_bucket,
     step_buffers,
@@ -92,34 +94,52 @@ def test_buffers_of_each_step() -> None:
     assert len(caches) == 2 * 16 and caches[0].shape == (2, 8, 16 + 480 + 32, 64)
 
 
-def test_what_is_captured_at_first() -> None:
-    keys = first_keys(sizes_of(GPT2), slots=5)
-    assert [key.segments for key in keys if key.step == "stream"] == list(STREAM_SEGMENTS)
-    assert {key.slots for key in keys if key.step == "fold"} == {1, 8}
-    assert {key.step for key in keys} == {"stream", "fold", "prefill", "decode"}
-    assert {key.step for key in first_keys(sizes_of(BERT))} == {"stream", "fold", "classify"}
+def test_every_step_is_captured_for_every_number_of_slots() -> None:
+    keys = keys_for(sizes_of(GPT2), slots=5)
+    assert len(keys) == len(set(keys)) and [key.slots for key in keys] == sorted(key.slots for key in keys)
+    for step in STREAMS:
+        assert [(key.slots, key.segments) for key in keys if key.step == step] == [(1, n) for n in STREAM_SEGMENTS]
+    for step in ("fold", "logits", "scores", "prefill", "decode"):
+        assert [key.slots for key in keys if key.step == step] == [1, 2, 4, 8]
+    assert {key.step for key in keys_for(sizes_of(BERT))} == {"stream", "fold", "logits", "classify"}
+
+
+def test_answers_stand_side_by_side_by_sixteen_and_have_the_room_that_is_asked_for() -> None:
+    keys = keys_for(sizes_of(GPT2), slots=64, max_new_tokens=100)
+    assert [key.slots for key in keys if key.step == "decode"] == [1, 2, 4, 8, 16]
+    assert {key.room for key in keys if key.step in ("prefill", "decode")} == {128}
+    assert max(key.slots for key in keys if key.step == "scores") == 64
+    for wrong in ({"slots": 0}, {"max_new_tokens": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            keys_for(sizes_of(GPT2), **wrong)
+
+
+def test_a_stream_works_in_memory_of_its_own() -> None:
+    keys, sizes = keys_for(sizes_of(GPT2), slots=8), sizes_of(GPT2)
+    assert {key.step for key in keys if pool_of(key) == "stream"} == set(STREAMS)
+    largest = workspace_bytes(sizes, GraphKey("fold", 8))
+    assert plan_graphs(sizes, keys).workspace == largest + workspace_bytes(sizes, GraphKey("stream"))
+    assert largest > workspace_bytes(sizes, GraphKey("decode", 8))
 
 
 def test_the_plan_adds_up_and_counts_shared_buffers_once() -> None:
     sizes = sizes_of(GPT2)
-    keys = first_keys(sizes, slots=8)
+    keys = keys_for(sizes, slots=8)
     plan = plan_graphs(sizes, keys)
     assert plan.total == plan.buffers + plan.outputs + plan.workspace
-    prefill, decode = (key for key in keys if key.step in ("prefill", "decode"))
+    prefill, decode = (key for key in keys if key.step in ("prefill", "decode") and key.slots == 4)
     assert step_buffers(sizes, prefill) == step_buffers(sizes, decode)
     alone = plan_graphs(sizes, (prefill,)).buffers
     assert plan_graphs(sizes, (prefill, decode)).buffers == alone
-    assert plan.workspace == workspace_bytes(sizes, GraphKey("fold", 8)) > workspace_bytes(sizes, decode)
     assert plan.outputs == sum(output_bytes(sizes, key) for key in keys)
     assert plan_graphs(sizes, ()).total == 0
-    ring = PIECES * PIECE_SEGMENTS * 480 * 8
-    assert ring < plan.pinned < 1.01 * ring
+    ring, scores = (PIECES * PIECE_SEGMENTS * 480 * size for size in (8, 4))
+    assert ring + scores < plan.pinned < 1.01 * (ring + scores)
     assert plan.to_dict()["total"] == plan.total and len(plan.to_dict()["graphs"]) == len(keys)
 
 
-def test_nothing_in_the_plan_depends_on_the_length_of_an_input_and_logits_cost_what_they_weigh() -> None:
+def test_results_cost_what_they_weigh_and_a_decoder_keeps_no_logits_of_all_tokens() -> None:
     sizes = sizes_of(GPT2)
-    with_logits = output_bytes(sizes, GraphKey("logits", 1))
-    assert with_logits == 16 * 768 * 2 + 480 * 50257 * 4
+    assert output_bytes(sizes, GraphKey("logits", 1)) == 16 * 768 * 2 + (480 + 16) * 768 * 2
     assert output_bytes(sizes_of(BERT), GraphKey("logits", 1)) == 16 * 768 * 2 + 3 * 4
     assert output_bytes(sizes, GraphKey("scores", 2)) == 2 * (16 * 768 * 2 + 480 * 4 + 768 * 2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import _thread
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from checkpoints_for_tests import TinyCheckpoint, tiny_encoder
 
+import rmt_engine.engine
 from rmt_engine.engine import EMBEDDED, Engine
 from rmt_engine.errors import InputError, NumericalError
 from rmt_engine.executors import EagerExecutor
@@ -222,6 +224,56 @@ def test_two_streams_of_one_engine_take_turns(decoder: tuple[Engine, Engine], tm
     *_, summary = first
     assert isinstance(summary, Summary)
     check_same(summary, read(plain, paths[0])[1])
+
+
+class PlacedRecorder(HostRecorder):
+    """Knows whether its device is current."""
+
+    here = False
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        self.here = True
+        yield
+        self.here = False
+
+    def stream(self) -> int:
+        assert self.here
+        return super().stream()
+
+
+def test_the_runner_is_made_where_its_device_is_current(decoder: tuple[Engine, Engine]) -> None:
+    """Its context is the one that is current then: with several cards, not always that of the graphs."""
+    engine = decoder[1]
+    executor = GraphExecutor(engine.config, engine.executor.backbone, engine.executor.initial, PlacedRecorder())
+    GraphStream(executor, engine.stream().place, lambda position: position).close()
+
+
+def test_documents_side_by_side_record_nothing_once_they_have_begun(decoder: tuple[Engine, Engine]) -> None:
+    made = decoder[0]
+    executor = GraphExecutor(made.config, made.executor.backbone, made.executor.initial, HostRecorder())
+    engine = Engine(made.config, executor, made._tokenizer, made.backend)
+    ids = np.random.default_rng(0).integers(5, 80, 9 * SEGMENT)
+    results = engine.run_many([ids[: n * SEGMENT + 3] for n in (2, 5, 8)], slots=3, score=True)
+    begun = executor.plan.keys
+    found = list(results)
+    assert executor.plan.keys == begun
+    plain = list(decoder[1].run_many([ids[: n * SEGMENT + 3] for n in (2, 5, 8)], slots=3, score=True))
+    for one, other in zip(found, plain, strict=True):
+        assert one.stream is not None and other.stream is not None
+        assert torch.equal(one.stream.memory, other.stream.memory)
+        assert one.stream.scores().total == other.stream.scores().total
+
+
+def test_an_engine_is_built_for_slots(tiny_gpt2: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rmt_engine.engine, "why_no_graphs", lambda device: None)
+    monkeypatch.setattr(rmt_engine.engine, "CudaRecorder", lambda device: HostRecorder())
+    config, weights = tiny_gpt2.rmt_config(SEGMENT), tiny_gpt2.weights()
+    engine = Engine.from_weights(config, weights, device="cpu", executor="graph", slots=3)
+    assert {key.slots for key in graph_executor(engine).plan.keys} == {1, 2, 4}
+    for executor in ("eager", "graph"):
+        with pytest.raises(ValueError, match="slots must be at least 1; got 0"):
+            Engine.from_weights(config, weights, device="cpu", executor=executor, slots=0)
 
 
 def test_one_stream_at_a_time(decoder: tuple[Engine, Engine]) -> None:
