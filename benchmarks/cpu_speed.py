@@ -29,6 +29,7 @@ import baselines
 import numpy as np
 import torch
 from common import about, count
+from rmt_kernels.cpu_linear import has_instructions
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -72,8 +73,8 @@ def model_of(name: str) -> tuple[RMTConfig, dict[str, Tensor]]:
 
 
 def dtypes() -> list[str]:
-    """fp32, and bf16 where oneDNN computes in it here."""
-    return ["float32", "bfloat16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ["float32"]
+    """fp32, and bf16 where the CPU has instructions for it: elsewhere the loops on Hugging Face modules crawl."""
+    return ["float32", "bfloat16"] if has_instructions(torch.bfloat16) else ["float32"]
 
 
 def contenders(name: str) -> tuple[RMTConfig, list[Contender]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rmt_kernels import dispatch
+from rmt_kernels.cpu_linear import has_instructions
 
 from rmt_engine import _C, checkpoint
 from rmt_engine.checkpoint.loading import is_converted
@@ -74,7 +75,7 @@ def cpu() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "features": [flag for flag in CPU_FEATURES if flag in flags],
-        "bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "bf16": has_instructions(torch.bfloat16),
     }
 
 
@@ -163,8 +164,8 @@ def examine_model(
     plan = plan_memory(config, dtype, stored, device=device.type)
     graph_dtype = dtype if device.type == "cuda" else torch.bfloat16
     sizes = Sizes.of(config, graph_dtype)
-    free = system_memory()["free"] if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     graphs = plan_graphs(sizes, keys_for(sizes, slots)).to_dict()
+    free = system_memory()["free"] if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     return {
         "path": str(path),
         "model_type": config.model_type,
@@ -199,7 +200,7 @@ def describe(report: Mapping[str, Any]) -> str:
     lines += [
         f"{'CPU':<26} {processor['name']}, {processor['cores']} cores, {processor['threads']} threads",
         f"{'instructions':<26} {' '.join(processor['features']) or 'unknown'}",
-        f"{'bf16 on the CPU':<26} {'yes' if processor['bf16'] else 'no: its instructions are missing'}",
+        f"{'bf16 on the CPU':<26} {'yes' if processor['bf16'] else 'in fp32, then rounded: its instructions are missing'}",
         f"{'memory':<26} {_size(memory['total'])}, {_size(memory['free'])} available",
     ]
     for device in gpu["devices"]:
@@ -242,8 +243,8 @@ GRAPH_WORDS = {
     "workspace": "shared workspace",
     "total": "in all",
     "pinned": "pinned, of the host",
-}
     "logits": "logits of all tokens",
+}
 
 
 def _describe_graphs(graphs: Mapping[str, Any]) -> list[str]:

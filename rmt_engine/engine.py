@@ -89,7 +89,8 @@ class Engine:
         now; more are captured when they are first needed. Raises CheckpointError, BackendError, ValueError.
         """
         where = device_of(device)  # a mistake here is told before gigabytes are read
-        _executor_name(executor, where, _backend(backend, where, dtype_of(dtype, where)))
+        dtype_of(dtype, where)
+        _executor_name(executor, where, _backend(backend, where))
         path = EMBEDDED if path_or_name is None else path_or_name
         config, weights = checkpoint.load(path, **checkpoint_arguments)
         folder = checkpoint.tokenizer_folder(path, checkpoint_arguments.get("base"))
@@ -108,14 +109,14 @@ class Engine:
         dtype: str = "auto",
         backend: str = "auto",
         executor: str = "auto",
-    ) -> Engine:
         slots: int = 1,
+    ) -> Engine:
         """An engine over tensors under their Hugging Face names, and `memory` [M, E]."""
-        where = device_of(device)
         if slots < 1:
             raise ValueError(f"slots must be at least 1; got {slots}")
+        where = device_of(device)
         precision = dtype_of(dtype, where)
-        backend = _backend(backend, where, precision)
+        backend = _backend(backend, where)
         placed = {name: tensor.to(where, precision) for name, tensor in weights.items()}
         backbone = module_of(config.model_type).build(config.backbone, placed, backend)
         runs = _executor(executor, config, backbone, placed["memory"], backend, slots)
@@ -356,19 +357,11 @@ def _executor(
     return GraphExecutor(config, backbone, memory, CudaRecorder(memory.device), slots)
 
 
-def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def _backend(backend: str, device: torch.device) -> str:
     try:
-        chosen = dispatch.choose(backend, device)
+        return dispatch.choose(backend, device)
     except RuntimeError as error:
         raise BackendError(str(error)) from error
-    half = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    if chosen == "cpu" and dtype in half and not half[dtype]():
-        name = str(dtype).removeprefix("torch.")
-        raise BackendError(f"this CPU cannot compute in {name}; use dtype='float32', or the slow backend='ref'")
-    return chosen
 
 
 def device_of(device: str) -> torch.device:

@@ -31,6 +31,7 @@ from rmt_engine.bench.setup import BACKBONES, Setup, named_config, random_weight
 from rmt_engine.bench.timing import interleaved, ms_at_ends, plan
 from rmt_engine.cli import main, parser
 from rmt_engine.engine import Engine
+from rmt_engine.errors import BackendError
 
 CPU = torch.device("cpu")
 QUICK = ["--repetitions", "2", "--no-memory", "--threads", "1", "--device", "cpu", "--dtype", "float32"]
@@ -132,15 +133,22 @@ def test_a_checkpoint_without_a_tokenizer_reads_no_text(tmp_path: Path, tiny_gpt
     assert row.engine.status == LEFT_OUT and "no tokenizer" in row.engine.reason
 
 
-def test_a_dtype_that_this_machine_lacks_is_left_out(
+def test_a_row_that_no_backend_serves_is_left_out(
     decoder_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    build = Engine.from_weights
+
+    def picky(*args: Any, dtype: str, **options: Any) -> Engine:
+        if dtype == "bfloat16":
+            raise BackendError("not in bfloat16")
+        return build(*args, dtype=dtype, **options)
+
+    monkeypatch.setattr(Engine, "from_weights", picky)
     arguments = ["--model", str(decoder_folder), "--lengths", "50", "--dtype", "bfloat16,float32"]
     code, found = bench(capsys, *arguments)
     assert code == 0
     assert [row["results"][0]["status"] for row in found["rows"]] == [LEFT_OUT, MEASURED]
-    assert "cannot compute in bfloat16" in found["rows"][0]["results"][0]["reason"]
+    assert found["rows"][0]["results"][0]["reason"] == "not in bfloat16"
 
 
 # ------------------------------------------------------------------------------------------------- checks

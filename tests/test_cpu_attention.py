@@ -210,6 +210,23 @@ def test_a_row_of_a_linear_has_its_bits_alone(threads: int) -> None:
     assert torch.equal(ours(x), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_linear_of_half_precision_is_the_fp32_one_rounded_once(dtype: torch.dtype) -> None:
+    layer, norm = Linear(random(1, 90, 50), random(2, 90)), Norm("layer", random(3, 50), random(4, 50), 1e-5)
+    x, other = random(0, 7, 50).to(dtype), random(5, 7, 90).to(dtype)
+    half = (
+        Linear(layer.weight.to(dtype), layer.bias.to(dtype)),
+        Norm("layer", norm.weight.to(dtype), norm.bias.to(dtype), 1e-5),
+    )
+    wide = (
+        Linear(half[0].weight.float(), half[0].bias.float()),
+        Norm("layer", half[1].weight.float(), half[1].bias.float(), 1e-5),
+    )
+    ours, truth = NativeLinear(half[0], "gelu", half[1]), NativeLinear(wide[0], "gelu", wide[1])
+    assert torch.equal(ours(x), truth(x.float()).to(dtype))
+    assert torch.equal(ours.add(x, other), truth.add(x.float(), other.float()).to(dtype))
+
+
 def test_a_linear_says_what_is_wrong() -> None:
     ours = NativeLinear(Linear(torch.zeros(3, 4)))
     with pytest.raises(

@@ -28,9 +28,6 @@ FP32 = 2e-6  # of the greatest value: the sums are long and their order is the b
 ACTIVATIONS = ["none", "gelu", "gelu_tanh", "relu", "silu", "tanh", "swiglu"]
 NORMS = ["none", "layer", "layer-nobias", "rms"]
 SEEDS = range(8)
-needs_bf16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bf16 instructions for oneDNN"
-)
 
 
 def random(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
@@ -360,7 +357,7 @@ def test_without_padded_rows_the_bits_differ(monkeypatch: pytest.MonkeyPatch) ->
 def check_error_rule(error_of: Callable[[int], tuple[float, float]]) -> None:
     """error_of(seed) -> errors against fp32, ours and plain torch's, both at bf16."""
     errors = [error_of(seed) for seed in SEEDS]
-    ratios = [ours / plain for ours, plain in errors]
+    ratios = [max(ours / plain, 1e-9) for ours, plain in errors]  # exactly right is possible
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     assert mean <= 1.1, f"geometric mean {mean:.3f}"
     assert max(ratios) <= 2, f"worst {max(ratios):.3f}"
@@ -408,7 +405,6 @@ def error(ours: Tensor, truth: Tensor) -> float:
     return float((ours.double() - truth.double()).square().mean().sqrt())
 
 
-@needs_bf16
 @pytest.mark.parametrize("norm", ["none", "layer", "rms"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_bf16_norm_linear(activation: Any, norm: str) -> None:
@@ -424,7 +420,6 @@ def test_bf16_norm_linear(activation: Any, norm: str) -> None:
     check_error_rule(error_of)
 
 
-@needs_bf16
 @pytest.mark.parametrize("norm", ["none", "layer", "rms"])
 def test_bf16_linear_residual(norm: str) -> None:
     def error_of(seed: int) -> tuple[float, float]:
@@ -439,7 +434,6 @@ def test_bf16_linear_residual(norm: str) -> None:
     check_error_rule(error_of)
 
 
-@needs_bf16
 @pytest.mark.parametrize("norm", ["none", "layer", "rms"])
 def test_bf16_lm_head_and_written_memory(norm: str) -> None:
     def error_of(seed: int) -> tuple[float, float]:
@@ -460,7 +454,6 @@ def test_bf16_lm_head_and_written_memory(norm: str) -> None:
     check_error_rule(error_of)
 
 
-@needs_bf16
 @pytest.mark.parametrize("rope", [False, True], ids=["plain", "rope"])
 @pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
 def test_bf16_attention(causal: bool, rope: bool) -> None:
@@ -488,7 +481,6 @@ def test_bf16_attention(causal: bool, rope: bool) -> None:
     check_error_rule(error_of)
 
 
-@needs_bf16
 @pytest.mark.parametrize("norm", ["none", "layer"])
 def test_bf16_read_memory(norm: str) -> None:
     def error_of(seed: int) -> tuple[float, float]:
@@ -508,7 +500,6 @@ def test_bf16_read_memory(norm: str) -> None:
     check_error_rule(error_of)
 
 
-@needs_bf16
 @pytest.mark.parametrize("segments", [1, 100])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_bf16_memory_state_after_segments(kind: str, segments: int) -> None:

@@ -16,7 +16,7 @@ from reference import split
 from rmt_kernels import lm_head
 from rmt_kernels.lm_head import cpu
 from rmt_kernels.weights import Linear, Norm
-from test_kernels import named, needs_bf16, random, random_linear, random_norm
+from test_kernels import named, random, random_linear, random_norm
 from test_parity import LENGTHS, SEGMENT, engine_of, random_ids, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -80,7 +80,7 @@ def nll_of(dtype: torch.dtype, backend: str = "cpu", k: int = 768, v: int = 5000
     return lm_head.plan_nll(Linear(layer.weight.to(dtype)), norm, backend=backend)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_scored_row_has_the_same_bits_wherever_it_stands(dtype: torch.dtype) -> None:
     f, hidden, targets = nll_of(dtype), random(0, 2, 150, 768).to(dtype), targets_for(150, 2, 5000)
     whole = f(hidden, targets)
@@ -90,7 +90,6 @@ def test_a_scored_row_has_the_same_bits_wherever_it_stands(dtype: torch.dtype) -
         assert torch.equal(f(hidden[:, -count:], targets[:, -count:]), whole[:, -count:]), count
 
 
-@needs_bf16
 def test_with_another_number_of_rows_the_bits_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above can fail."""
     hidden, targets = random(0, 1, 512, 768).bfloat16(), targets_for(512, 1, 5000)
@@ -116,7 +115,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_logits_of_all_rows_or_of_the_whole_vocabulary(dtype: torch.dtype) -> None:
     rows, width, vocab = 500, 16, 50_000
     hidden, targets = random(0, 1, rows, width).to(dtype), targets_for(rows, 1, vocab)
@@ -301,7 +300,7 @@ def test_scored_tokens_can_be_asked_about(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 55])
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=needs_bf16)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_resumed_stream_has_the_scores_of_one_that_never_stopped(tmp_path: Path, dtype: str, place: int) -> None:
     checkpoint = tiny("gpt2")
     engine = Engine.from_weights(checkpoint.rmt_config(SEGMENT), checkpoint.weights(), device="cpu", dtype=dtype)

@@ -636,7 +636,6 @@ def test_a_tokenizer_of_another_model_is_found_out() -> None:
 # ------------------------------------------------------------------------------------------------ precision
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bf16 for oneDNN")
 def test_bf16_streams_and_answers() -> None:
     checkpoint = tiny()
     tokenizer = IdTokenizer(merging_tokenizer())

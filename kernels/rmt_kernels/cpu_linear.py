@@ -1,7 +1,8 @@
 """A linear layer planned for a CPU, the floor under every CPU op that multiplies by weights.
 
 Two ways, chosen when it is planned (`plan_linear`): our own kernel where the CPU has AVX2 and nothing wider, in fp32
-(oneDNN reaches two thirds of its speed there, and its GELU costs as much again: docs/perf_log.md); else oneDNN.
+(oneDNN reaches two thirds of its speed there, and its GELU costs as much again: docs/perf_log.md), and for dtypes that
+the CPU has no instructions for, whose products are then taken in fp32 and rounded once; else oneDNN.
 """
 
 from __future__ import annotations
@@ -40,27 +41,44 @@ class CPULinear(Protocol):
 
 def plan_linear(layer: Linear, activation: str = "none", norm: Norm | None = None) -> CPULinear:
     """act(norm(x) Wᵀ + b), on whichever is faster here."""
-    if layer.weight.dtype == torch.float32 and _cpu.instruction_sets()[0] in OURS:
+    dtype = layer.weight.dtype
+    if not has_instructions(dtype) or (dtype == torch.float32 and _cpu.instruction_sets()[0] in OURS):
         return NativeLinear(layer, activation, norm)
     return OneDNNLinear(layer, activation, norm)
 
 
-class NativeLinear:
-    """Our own kernel: fp32, the norm done while rows are read, the activation before they are written.
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies in `dtype`: torch would else do it element by element, twenty times slower."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype != torch.float16 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
-    A row's bits depend neither on the other rows nor on the number of threads, so nothing is padded.
+
+def product(x: Tensor, layer: Linear) -> Tensor:
+    """x Wᵀ + b in fp32 [..., N], of a weight that is not packed, for it is the embedding too."""
+    if has_instructions(x.dtype):
+        return F.linear(x, layer.weight, layer.bias).float()
+    return F.linear(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
+
+
+class NativeLinear:
+    """Our own kernel: the norm done while rows are read, the activation before they are written.
+
+    It computes in fp32; rows, weights and results of another dtype are converted around it. A row's bits depend neither
+    on the other rows nor on the number of threads, so nothing is padded.
     """
 
     def __init__(
         self, layer: Linear, activation: str = "none", norm: Norm | None = None, instruction_set: str = "auto"
     ):
         self.outputs, self.inputs = layer.weight.shape
+        self.dtype = layer.weight.dtype
         self.kernel = _cpu.Linear(
-            layer.weight.detach().contiguous(),
-            None if layer.bias is None else layer.bias.detach(),
+            _fp32(layer.weight),
+            _fp32(layer.bias),
             "none" if norm is None else norm.kind,
-            None if norm is None else norm.weight.detach(),
-            None if norm is None or norm.bias is None else norm.bias.detach(),
+            None if norm is None else _fp32(norm.weight),
+            None if norm is None else _fp32(norm.bias),
             0.0 if norm is None else norm.eps,
             activation,
             instruction_set,
@@ -76,23 +94,27 @@ class NativeLinear:
         return self._run(x, "multiply", other)
 
     def _run(self, x: Tensor, combine: str, other: Tensor | None) -> Tensor:
-        rows = _rows(x, self.inputs)
-        others = rows if other is None else _rows(other, self.outputs)
+        rows = self._rows(x, self.inputs)
+        others = rows if other is None else self._rows(other, self.outputs)
         count = rows.shape[0]
         if others.shape[0] != count:
             raise ValueError(f"other: expected {count} rows of {self.outputs}, got {others.shape[0]}")
-        out = x.new_empty(*x.shape[:-1], self.outputs)
+        out = x.new_empty(*x.shape[:-1], self.outputs, dtype=torch.float32)
         threads, stride, other_stride = torch.get_num_threads(), rows.stride(0), others.stride(0)
         self.kernel(rows.data_ptr(), count, stride, combine, others.data_ptr(), other_stride, out.data_ptr(), threads)
-        return out
+        return out.to(self.dtype)
+
+    def _rows(self, x: Tensor, width: int) -> Tensor:
+        """x [..., width] as fp32 rows whose elements lie side by side."""
+        if x.dtype != self.dtype or x.shape[-1] != width or not x.is_cpu:
+            name = str(self.dtype).removeprefix("torch.")
+            raise ValueError(f"expected {name} [..., {width}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}")
+        rows = x.reshape(-1, width).float()
+        return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _rows(x: Tensor, width: int) -> Tensor:
-    """x [..., width] as fp32 rows whose elements lie side by side."""
-    if x.dtype != torch.float32 or x.shape[-1] != width or not x.is_cpu:
-        raise ValueError(f"expected float32 [..., {width}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}")
-    rows = x.reshape(-1, width)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+def _fp32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().float().contiguous()
 
 
 class OneDNNLinear:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rmt_kernels.cpu_linear import padded_rows, plan_norm
+from rmt_kernels.cpu_linear import padded_rows, plan_norm, product
 from rmt_kernels.lm_head import LMHead, LogProbabilities
 from rmt_kernels.lm_head.ref import asked
 from rmt_kernels.weights import Linear, Norm
@@ -21,8 +21,7 @@ def plan(layer: Linear, norm: Norm | None) -> LMHead:
 
     def logits(hidden: Tensor) -> Tensor:
         rows, count = padded_rows(normalize(hidden))
-        y = F.linear(rows, layer.weight, layer.bias)[:count].float()
-        return y.view(*hidden.shape[:-1], layer.weight.shape[0])
+        return product(rows, layer)[:count].view(*hidden.shape[:-1], layer.weight.shape[0])
 
     return logits
 
@@ -47,7 +46,7 @@ def _of_rows(tiles: list[Linear], rows: Tensor, targets: Tensor) -> Tensor:
     """rows [R, E], targets [R] -> log-probabilities [R], from the log-sum-exp of each tile of the vocabulary."""
     sums, chosen = [], rows.new_zeros(len(rows), dtype=torch.float32)
     for index, tile in enumerate(tiles):
-        logits = F.linear(rows, tile.weight, tile.bias).float()  # [R, tile]
+        logits = product(rows, tile)  # [R, tile]
         place = targets - index * TILE_COLUMNS
         inside = (place >= 0) & (place < logits.shape[1])
         found = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
