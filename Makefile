@@ -57,8 +57,11 @@ test: setup ## Run every test that needs no GPU; ARGS='-k stream' goes to pytest
 test-gpu: setup ## Run the tests that need a CUDA device
 	$(PY) -m pytest -m gpu $(ARGS)
 
-test-gpu-sanitize: setup ## Run the kernels' tests on a CUDA device under compute-sanitizer
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(PY) -m pytest tests/triton_ops.py $(ARGS)
+# Without torch's cache every tensor has bounds of its own; but graphs cannot be captured then.
+SANITIZED = compute-sanitizer --error-exitcode 1 $(PY) -m pytest -p no:cacheprovider
+test-gpu-sanitize: setup ## Run the tests of kernels and graphs on a CUDA device under compute-sanitizer
+	$(SANITIZED) -m gpu tests/test_graph_small.py $(ARGS)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZED) tests/triton_ops.py $(ARGS)
 
 bench-gpu: setup ## Measure everything on a CUDA device, in under 9 minutes; ARGS='--output FILE.json' names the result
 	$(PY) benchmarks/bench_gpu.py $(or $(ARGS),--output benchmarks/results/gpu.json)

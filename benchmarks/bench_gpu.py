@@ -40,10 +40,10 @@ class Part:
 
 PARTS = (
     Part("tests", 100),
-    Part("steps", 210),
+    Part("steps", 200),
     Part("streams", 100),
     Part("micro", 50),
-    Part("sanitizer", 70),
+    Part("sanitizer", 80),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -47,7 +48,8 @@ WORST_ERROR = 2.0  # of ours against fp32, divided by that of eager torch in the
 ROUNDS, REPEATS = 5, 4  # what is compared takes turns
 MEMORY_BOUND = 1 << 20  # bytes that a longer stream may take more
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-SANITIZED = "test_lm_head or test_memory or test_attention_through_a_cache"
+GRAPHS = "tests/test_graph_small.py"  # under compute-sanitizer
+KERNELS = "test_lm_head or test_memory or test_attention_through_a_cache"
 
 TINY_GPT2 = {**BACKBONES["gpt2"], "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2}
 
@@ -101,19 +103,24 @@ def tests(place: Place) -> Rows:
 
 
 def sanitizer(place: Place) -> Rows:
-    """Kernels on small shapes under compute-sanitizer."""
+    """Captured graphs with the C++ runner, and kernels, on small shapes under compute-sanitizer."""
     if place.dry_run or shutil.which("compute-sanitizer") is None:
         missing = "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit"
         yield {"name": "compute-sanitizer", "skipped": "a dry run" if place.dry_run else missing}
         return
-    words = ["compute-sanitizer", "--error-exitcode", "9", *PYTEST, "-x", "tests/triton_ops.py", "-k", SANITIZED]
-    yield _pytest("compute-sanitizer", words, place)
+    words = ["compute-sanitizer", "--error-exitcode", "9", *PYTEST, "-x"]
+    yield _pytest("compute-sanitizer, graphs", [*words, "-m", "gpu", GRAPHS], place, share=0.5)
+    # Bounds of its own for every tensor, which a capture does not allow.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    yield _pytest("compute-sanitizer, kernels", [*words, "tests/triton_ops.py", "-k", KERNELS], place, **alone)
 
 
-def _pytest(name: str, words: list[str], place: Place) -> Row:
-    start = time.monotonic()
+def _pytest(name: str, words: list[str], place: Place, share: float = 1.0, **environment: str) -> Row:
+    """share: of the time that is left."""
+    start, seconds = time.monotonic(), max(share * place.seconds_left - 3, 1)
+    where: dict[str, Any] = {"cwd": ROOT, "env": {**os.environ, **environment}}
     try:
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=max(place.seconds_left - 3, 1))
+        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, **where)
     except subprocess.TimeoutExpired:
         return {"name": name, "failed": "the time of this part ended before the tests did"}
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,6 +61,20 @@ def test_our_linear_is_checked_against_torch(place: gpu_parts.Place) -> None:
 
 def test_without_compute_sanitizer_that_is_said(place: gpu_parts.Place) -> None:
     assert list(gpu_parts.sanitizer(place)) == [{"name": "compute-sanitizer", "skipped": "a dry run"}]
+
+
+def test_graphs_and_kernels_are_looked_at_by_compute_sanitizer(
+    place: gpu_parts.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's cache stays on for the graphs: without it nothing can be captured."""
+    script = tmp_path / "compute-sanitizer"
+    script.write_text('#!/bin/sh\necho "without a cache: ${PYTORCH_NO_CUDA_MEMORY_CACHING:-0}; $*"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    graphs, kernels = gpu_parts.sanitizer(replace(place, dry_run=False))
+    assert graphs["result"].startswith("without a cache: 0;") and "-m gpu tests/test_graph_small.py" in graphs["result"]
+    assert kernels["result"].startswith("without a cache: 1;") and "tests/triton_ops.py" in kernels["result"]
+    assert all((gpu_parts.ROOT / "tests" / name).is_file() for name in ("test_graph_small.py", "triton_ops.py"))
 
 
 FAKE = """
