@@ -253,6 +253,12 @@ class GraphExecutor(EagerExecutor):
         else:
             buffers["begun"][:slots].copy_(begun)
 
+    def claim_stream(self) -> bool:
+        """Whether the stream's graphs were free. They are the caller's then, who sets `stream_in_use` back."""
+        with self._lock:
+            free, self.stream_in_use = not self.stream_in_use, True
+        return free
+
     def stream_graphs(self, scored: bool) -> Recorded:
         """The graphs that fold a stream's segments out of the ring in their buffers."""
         step: Step = "scored stream" if scored else "stream"

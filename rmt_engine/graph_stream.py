@@ -45,8 +45,15 @@ class GraphStream(Generic[Mark]):
     """
 
     def __init__(self, executor: GraphExecutor, place: MemoryState, mark: Callable[[int], Mark]) -> None:
-        if executor.stream_in_use:
+        if not executor.claim_stream():
             raise RuntimeError("the graphs of this executor fold another stream; close that one first")
+        try:
+            self._open(executor, place, mark)
+        except BaseException:
+            executor.stream_in_use = False
+            raise
+
+    def _open(self, executor: GraphExecutor, place: MemoryState, mark: Callable[[int], Mark]) -> None:
         recorded = executor.stream_graphs(scored=place.scores is not None)
         self.executor, self.start, self.mark, self.buffers = executor, place, mark, recorded.buffers
         self.sure = Reached(place, mark(place.position))
@@ -57,7 +64,6 @@ class GraphStream(Generic[Mark]):
             self._begin(place)
             self.runner = self._runner(recorded)
         self.runner.begin(place.rest.tolist(), place.next_size, place.size)
-        executor.stream_in_use = True
 
     def _begin(self, place: MemoryState) -> None:
         buffers, scores = self.buffers, place.scores

@@ -282,4 +282,6 @@ def test_one_stream_at_a_time(decoder: tuple[Engine, Engine]) -> None:
     with pytest.raises(RuntimeError, match="fold another stream; close that one first"):
         GraphStream(executor, place, lambda position: position)
     folding.close()
+    with pytest.raises(ZeroDivisionError):
+        GraphStream(executor, place, lambda position: 1 // position)  # what fails while it opens gives them back
     GraphStream(executor, place, lambda position: position).close()
