@@ -103,8 +103,8 @@ class SegmentBatch:
         if not rows:
             return (executor.fold(tensor, memory, lengths),)
         blank = executor.initial.new_zeros(empty, executor.initial.shape[1])
-        state, scores, row = executor.fold_with_scores(tensor, memory, torch.cat([*rows, blank]), lengths)
-        return state, scores.cpu(), row
+        state, scores, last = executor.fold_with_scores(tensor, memory, torch.cat([*rows, blank]), lengths)
+        return state, scores.cpu(), last
 
 
 def _after(
