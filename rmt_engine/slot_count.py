@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
+from rmt_kernels.cpu_linear import has_instructions
 
 from rmt_engine.layouts import padded
 from rmt_engine.memory_plan import plan_memory
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
     from rmt_engine.engine import Engine
 
 # Rows of a batch on a CPU: it gains what its calls cost beside the GEMMs, and the last document pays for all of it. In
-# fp32 two segments of the embedded checkpoint gain all there is (benchmarks/slots.py); in half precision calls weigh
-# more, as its GEMMs are faster.
-CPU_ROWS = {torch.float32: 256, torch.bfloat16: 1024, torch.float16: 1024}
+# fp32, and in half precision where its products are taken in fp32, two segments of the embedded checkpoint gain all
+# there is (benchmarks/slots.py); calls weigh more where the CPU has instructions for it, as those GEMMs are faster.
+CPU_ROWS = 256
+CPU_ROWS_OF_HALF = 1024
 MOST_SLOTS = 64
 MEMORY_SHARE = 0.5  # of what is free
 GAIN = 0.97  # twice the slots must take less than this of the time per segment
@@ -24,11 +26,12 @@ SECONDS = 2.0  # for measuring
 
 
 def batch_size(engine: Engine, slots: int) -> int:
-    """How many of `slots` slots are folded in one batch: by the sizes of the model alone, as bits depend on it."""
+    """How many of `slots` slots are folded in one batch: by sizes and dtype alone, as bits depend on it."""
     if engine.device.type != "cpu":
         return slots
     rows = padded(engine.config.segment_size + engine.config.overhead)
-    return min(slots, max(CPU_ROWS[engine.dtype] // rows, 1))
+    fast = engine.dtype != torch.float32 and has_instructions(engine.dtype)
+    return min(slots, max((CPU_ROWS_OF_HALF if fast else CPU_ROWS) // rows, 1))
 
 
 def choose_slots(engine: Engine) -> int:
