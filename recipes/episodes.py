@@ -36,28 +36,33 @@ class Row:
 
 @dataclass
 class Asks:
-    """The answering segments of a batch: each row's rest, then its questions, each with its answer."""
+    """The answering segments of a batch: a row's rest, one question and its answer.
 
-    ids: Tensor  # int [B, T]
-    rows: Tensor  # int [B, 2K]: where a room and the end of its answer are predicted
-    targets: Tensor  # int [B, 2K], NOT_ASKED where there is nothing to ask
+    Never two questions in one: the answer to the first would tell what the second's is not.
+    """
+
+    ids: Tensor  # int [A, T]
+    of: Tensor  # int [A]: the row of the batch that is asked
+    rows: Tensor  # int [A, 2]: where the room and the end of the answer are predicted
+    targets: Tensor  # int [A, 2]
 
 
 class EpisodeMaker:
-    """distractors: the share of rows with sentences that look like facts and say nothing. Draws from `rng`."""
+    """Draws from `rng`."""
 
-    def __init__(self, writer: StatementWriter, bank: NoiseBank, distractors: float, seed: int) -> None:
+    def __init__(self, writer: StatementWriter, bank: NoiseBank, seed: int) -> None:
         self.writer = writer
         self.bank = bank
-        self.distracted = distractors
+        self.asks_back = True
         bank.never = np.concatenate([bank.never, writer.answers])
         self.rng = np.random.default_rng(seed)
         self.distractors = [writer.statement(s) for s in distractor_sentences(np.random.default_rng(seed), 600)]
 
-    def row(self, length: int, world: World, said: Sequence[tuple[int, Statement]]) -> Row:
-        """Noise of `length` tokens with statements at the wanted positions, sometimes with distractors."""
+    def row(self, length: int, world: World, said: Sequence[tuple[int, Statement]], distracted: float = 0.0) -> Row:
+        """Noise of `length` tokens with statements at the wanted positions; a share of `distracted` also has sentences
+        that look like facts and say nothing."""
         row = Row(self.bank.sample(self.rng, length), world)
-        if self.rng.random() < self.distracted:
+        if self.rng.random() < distracted:
             for _ in range(int(self.rng.integers(1, 4))):
                 sentence = self.distractors[int(self.rng.integers(len(self.distractors)))]
                 self._insert(row, int(self.rng.integers(1, max(length, 2))), sentence)
@@ -82,29 +87,24 @@ class EpisodeMaker:
 
     def asks(self, rows: list[Row], position: int, rests: np.ndarray, count: int) -> Asks:
         """Up to `count` different questions a row, after `position` tokens and the row's rest."""
-        pairs = [self._ask(row, position, position + int(rest), count) for row, rest in zip(rows, rests, strict=True)]
-        width = max(len(ids) for ids, _ in pairs)
-        ids = np.zeros((len(rows), width), dtype=np.int64)
-        at = np.zeros((len(rows), 2 * count), dtype=np.int64)
-        targets = np.full((len(rows), 2 * count), NOT_ASKED)
-        for i, (text, answers) in enumerate(pairs):
-            ids[i, : len(text)] = text
-            for k, place in enumerate(answers):
-                at[i, 2 * k : 2 * k + 2] = place, place + 1
-                targets[i, 2 * k : 2 * k + 2] = text[place + 1], text[place + 2]
-        return Asks(torch.from_numpy(ids), torch.from_numpy(at), torch.from_numpy(targets))
+        asked = [
+            (i, text)
+            for i, (row, rest) in enumerate(zip(rows, rests, strict=True))
+            for text in self._ask(row, position, position + int(rest), count)
+        ]
+        ids = np.zeros((len(asked), max((len(text) for _, text in asked), default=0)), dtype=np.int64)
+        for line, (_, text) in zip(ids, asked, strict=True):
+            line[: len(text)] = text
+        ends = np.array([len(text) for _, text in asked], dtype=np.int64)[:, None]
+        at = ends + np.array([-3, -2])  # each predicts the token behind it
+        targets = np.take_along_axis(ids, at + 1, axis=1)
+        return Asks(torch.from_numpy(ids), torch.tensor([i for i, _ in asked]), *map(torch.from_numpy, (at, targets)))
 
-    def _ask(self, row: Row, start: int, end: int, count: int) -> tuple[np.ndarray, list[int]]:
-        """The ids of an answering segment and the place before each answer."""
-        questions = [] if row.cut_at(end) else self.writer.questions(row.known(end))
-        parts, places = [row.ids[start:end]], []
-        for i in self.rng.permutation(len(questions))[:count]:
-            question, answer = questions[i]
-            parts.append(np.concatenate([question, [answer, self.bank.eos]]))
-            places.append(sum(map(len, parts)) - 3)
-        if len(parts) == 1 and end == start:  # nothing at all to read: one token, so that there is a row
-            parts.append(np.array([self.bank.eos]))
-        return np.concatenate(parts), places
+    def _ask(self, row: Row, start: int, end: int, count: int) -> list[np.ndarray]:
+        """The ids of answering segments: what is read, the question, the room and the end of the answer."""
+        questions = [] if row.cut_at(end) else self.writer.questions(row.known(end), self.asks_back)
+        chosen = [questions[i] for i in self.rng.permutation(len(questions))[:count]]
+        return [np.concatenate([row.ids[start:end], question, [answer, self.bank.eos]]) for question, answer in chosen]
 
     def asked_in_text(self, row: Row, start: int, end: int, share: float) -> tuple[np.ndarray, int]:
         """For a classifier: ids [start, end) of a row, in `share` of cases ending in the question, and the label."""

@@ -147,17 +147,18 @@ class StatementWriter:
         verbs = self.facts[name, room]
         return verbs[int(rng.integers(len(verbs)))]
 
-    def chain(self, rng: np.random.Generator) -> list[Statement]:
-        """Two links that share a room: three rooms in a line, each link said from either side, in either order."""
-        x, y, z = (int(r) for r in rng.permutation(len(ROOMS))[:3])
+    def chain(self, rng: np.random.Generator, count: int = 2, share: float = 0.5) -> list[Statement]:
+        """`count` links, each of which shares a room with the one before: rooms in a line, each link said from either
+        side, in any order."""
+        rooms = [int(room) for room in rng.permutation(len(ROOMS))[: count + 1]]
         way = int(rng.integers(len(DIRECTIONS)))
         said = []
-        for near, far in ((x, y), (y, z)):
-            turned = rng.random() < 0.5
+        for near, far in itertools.pairwise(rooms):
+            turned = rng.random() < share
             said.append(self.links[(far, BACK[way], near) if turned else (near, way, far)])
-        return said if rng.random() < 0.5 else said[::-1]
+        return [said[i] for i in rng.permutation(count)]
 
-    def questions(self, world: World) -> list[tuple[np.ndarray, int]]:
+    def questions(self, world: World, back: bool = True) -> list[tuple[np.ndarray, int]]:
         """Everything that can be asked, with the id of the answer: where each name is, which rooms end the line."""
         asked = [(self.asked_where[name], world.rooms[name]) for name in world.names]
         if world.links:
@@ -165,7 +166,9 @@ class StatementWriter:
             turned = [(x, y) if d == way else (y, x) for x, d, y in world.links]
             ahead, behind = ({pair[side] for pair in turned} for side in (0, 1))
             (first,), (last,) = ahead - behind, behind - ahead
-            asked += [(self.asked_furthest[way], first), (self.asked_furthest[BACK[way]], last)]
+            asked.append((self.asked_furthest[way], first))
+            if back:
+                asked.append((self.asked_furthest[BACK[way]], last))
         return [(question, int(self.answers[room])) for question, room in asked]
 
     def place(self, noise: np.ndarray, at: int, said: Statement, rng: np.random.Generator) -> tuple[int, np.ndarray]:

@@ -54,14 +54,20 @@ from rmt_engine.evaluation.noise import is_held_out, python_sources
 
 @dataclass(frozen=True)
 class Stage:
-    """segments: as many at most are folded before the last; size: tokens of one; facts: as many names at most;
-    links: the share of rows with two links in place of facts; again: how often a name's room changes."""
+    """segments: as many at most are folded before the last; size: tokens of one; facts: as many names at most, `fewest`
+    at least; links: the share of rows with `chain` links in place of facts; again: how often a name's room changes;
+    distractors: the share of rows with sentences that look like statements."""
 
     segments: int
     size: int
     facts: int
+    fewest: int = 1
     links: float = 0.0
+    chain: int = 2
+    turned: float = 0.5
+    back: bool = True
     again: float = 0.0
+    distractors: float = 0.25
     enough: float = 0.93  # right answers, to go on
 
 
@@ -79,17 +85,16 @@ class Recipe:
     rope_theta: float = 100.0
     vocab_size: int = 2048
     batch: int = 24
-    questions: int = 4
+    questions: int = 2
     warmup: int = 50
     curriculum_rate: float = 2e-3
-    curriculum_steps: int = 4000  # at most; ends once every stage is learned
+    curriculum_steps: int = 9000  # at most; ends once every stage is learned
     stages: tuple[Stage, ...] = ()
     pool_rate: float = 1e-3
     pool_steps: int = 1500
     pool_size: int = 64
     blank_size: int = 32
     memory_noise: float = 0.15
-    distractors: float = 0.25  # share of rows with sentences that look like statements
     later: float = 0.05  # how often a row that knows facts reads one more
     average: float = 0.995
     save_every: int = 100
@@ -98,8 +103,13 @@ class Recipe:
 
 DECODER = Recipe(
     stages=(
-        Stage(0, 32, 2),
-        Stage(0, 48, 4, links=0.5),
+        # Two facts, no fewer: the room of a lone one is known without looking who is asked for.
+        Stage(0, 32, 2, fewest=2, distractors=0.0),
+        Stage(0, 32, 2, fewest=2, links=0.7, chain=1, back=False, distractors=0.0),
+        Stage(0, 32, 2, fewest=2, links=0.7, chain=1, distractors=0.0),
+        Stage(0, 32, 2, fewest=2, links=0.7, turned=0.0, distractors=0.0),
+        Stage(0, 48, 4, fewest=2, links=0.6, distractors=0.0),
+        Stage(1, 48, 4, fewest=2, links=0.5, distractors=0.0),
         Stage(1, 48, 4, links=0.5),
         Stage(1, 112, 4, links=0.5, again=0.1),
         Stage(2, 112, 4, links=0.5, again=0.1),
@@ -191,7 +201,11 @@ class Decoder:
 
     def _ask(self, memory: Tensor, rows: list[Row], position: int, rests: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         asks = self.maker.asks(rows, position, rests, self.questions)
-        return graded(self.model.answering(memory, asks.ids, asks.rows), asks.targets)
+        if not len(asks.ids):
+            nobody = torch.zeros(len(rows), dtype=torch.bool)
+            return memory.sum() * 0, nobody, nobody
+        logits = self.model.answering(memory[asks.of], asks.ids, asks.rows)
+        return graded(logits, asks.targets, asks.of, len(rows))
 
 
 class Encoder:
@@ -210,17 +224,23 @@ class Encoder:
             made = [self.maker.asked_in_text(row, position, position + length, share=0.6) for row in rows]
             position += length
             logits, memory = self.model.segment(memory, torch.from_numpy(np.stack([ids for ids, _ in made])).long())
-            loss, right, asked = graded(logits[:, None], torch.tensor([[label] for _, label in made]))
+            targets = torch.tensor([[label] for _, label in made])
+            loss, right, asked = graded(logits[:, None], targets, torch.arange(len(rows)), len(rows))
             losses.append(loss)
         return Reading(torch.stack(losses).mean(), memory, right, asked)
 
 
-def graded(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean loss over the targets asked for, rows [B] that have them all right, rows [B] that were asked at all."""
+def graded(logits: Tensor, targets: Tensor, of: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What is asked of row `of` [A] of a batch, logits [A, R, V], targets [A, R], NOT_ASKED where nothing is.
+
+    -> mean loss over the targets, rows that have them all right, rows that were asked at all (bool [rows] each).
+    """
     wanted = targets != NOT_ASKED
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NOT_ASKED, reduction="sum")
-    right = ((logits.argmax(2) == targets) | ~wanted).all(1) & wanted.any(1)
-    return losses / wanted.sum().clamp(min=1), right, wanted.any(1)
+    wrong = (wanted & (logits.argmax(2) != targets)).any(1)
+    asked = torch.zeros(rows, dtype=torch.long).index_add_(0, of, wanted.any(1).long()) > 0
+    failed = torch.zeros(rows, dtype=torch.long).index_add_(0, of, wrong.long()) > 0
+    return losses / wanted.sum().clamp(min=1), asked & ~failed, asked
 
 
 class Trainer:
@@ -236,7 +256,7 @@ class Trainer:
             self.tokenizer, bank = build_tokenizer_and_noise(recipe)
             self.tokenizer.save_pretrained(self.work)
             bank.save(self.work / "noise.npz")
-        self.maker = EpisodeMaker(StatementWriter(self.tokenizer), bank, recipe.distractors, recipe.seed)
+        self.maker = EpisodeMaker(StatementWriter(self.tokenizer), bank, recipe.seed)
         kind = {"decoder": Decoder, "encoder": Encoder}[recipe.kind]
         self.learner: Decoder | Encoder = kind(recipe, self.maker, self.tokenizer)
         self.model = self.learner.model
@@ -330,8 +350,11 @@ class Trainer:
         rests = self.rests(stage.size) if not lengths or rng.random() < 0.3 else np.zeros(batch, dtype=np.int64)
         if not lengths:
             rests[:] = stage.size
+        self.maker.asks_back = stage.back
         rows = [
-            self.maker.row(sum(lengths) + stage.size, World(), self.news(sum(lengths) + int(rest), stage))
+            self.maker.row(
+                sum(lengths) + stage.size, World(), self.news(sum(lengths) + int(rest), stage), stage.distractors
+            )
             for rest in rests
         ]
         return self.learner.read(self.model.initial_memory(batch), rows, lengths, rests), count == stage.segments
@@ -352,8 +375,8 @@ class Trainer:
         rng, writer = self.maker.rng, self.maker.writer
         room = max(length - 12, 1)
         if rng.random() < stage.links:
-            return [(int(rng.integers(room)), link) for link in writer.chain(rng)]
-        names = rng.permutation(len(NAMES))[: int(rng.integers(1, stage.facts + 1))].tolist()
+            return [(int(rng.integers(room)), link) for link in writer.chain(rng, stage.chain, stage.turned)]
+        names = rng.permutation(len(NAMES))[: int(rng.integers(stage.fewest, stage.facts + 1))].tolist()
         if rng.random() < stage.again:
             names.append(names[0])
         said = [writer.fact(rng, name, int(rng.integers(len(ROOMS)))) for name in names]
@@ -397,7 +420,7 @@ class Trainer:
         rows = []
         for world, rest in zip(worlds, rests, strict=True):
             said = self.more_news(world, sum(lengths) + int(rest))
-            rows.append(self.maker.row(sum(lengths) + recipe.segment_size, world, said))
+            rows.append(self.maker.row(sum(lengths) + recipe.segment_size, world, said, recipe.stages[-1].distractors))
         blank = self.blank[torch.from_numpy(rng.permutation(recipe.blank_size)[:n_blank])]
         lived = torch.stack([*blank, *(pool.at(place).memory for place in old)])
         memory = torch.cat([self.model.initial_memory(n_fresh), shaken(lived, recipe.memory_noise)])
@@ -436,9 +459,9 @@ class Trainer:
     @torch.no_grad()
     def age_blank(self) -> None:
         """One more segment of noise for half of the states that know nothing; one starts again now and then."""
-        rng, blank = self.maker.rng, self.blank
+        rng, blank, recipe = self.maker.rng, self.blank, self.recipe
         some = torch.from_numpy(rng.permutation(len(blank))[: max(len(blank) // 2, 1)])
-        rows = [self.maker.row(self.recipe.segment_size, World(), []).ids for _ in some]
+        rows = [self.maker.row(recipe.segment_size, World(), [], recipe.stages[-1].distractors).ids for _ in some]
         blank[some] = self.model.fold(blank[some], torch.from_numpy(np.stack(rows).astype(np.int64)))
         if rng.random() < 0.05:
             blank[int(rng.integers(len(blank)))] = self.model.initial_memory(1)[0]

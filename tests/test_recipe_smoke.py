@@ -168,15 +168,33 @@ def test_an_episode_knows_what_was_read_by_when(decoder: Path, recipes) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(decoder / "base")
     writer = recipes.facts_data.StatementWriter(tokenizer)
     bank = recipes.facts_data.NoiseBank.load(decoder / "training" / "noise.npz", tokenizer)
-    maker = recipes.episodes.EpisodeMaker(writer, bank, 0.5, 1)
+    maker = recipes.episodes.EpisodeMaker(writer, bank, 1)
     for seed in range(20):
         said = [(30, writer.facts[0, seed % 6][0]), (70, writer.facts[1, 4][1])]
-        row = maker.row(120, recipes.facts_data.World(), said)
+        row = maker.row(120, recipes.facts_data.World(), said, distracted=0.5)
         assert len(row.ids) == 120 and len(row.said) == 2
         for start, end, (name, room) in row.said:
             assert f"{recipes.facts_data.NAMES[name]} " in tokenizer.decode(row.ids[start:end])
             assert row.known(end).rooms[name] == room and row.known(end - 1).rooms[name] == -1
             assert row.cut_at(end - 1) and not row.cut_at(end)
+
+
+def test_a_question_stands_in_a_text_of_its_own(decoder: Path, recipes) -> None:
+    """Two questions in one text teach to answer the second by what the first one's answer leaves."""
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(decoder / "base")
+    writer = recipes.facts_data.StatementWriter(tokenizer)
+    bank = recipes.facts_data.NoiseBank.load(decoder / "training" / "noise.npz", tokenizer)
+    maker = recipes.episodes.EpisodeMaker(writer, bank, 1)
+    rows = [
+        maker.row(60, recipes.facts_data.World(), [(5, writer.facts[n, n][0]), (40, writer.facts[2, 5][0])])
+        for n in (0, 1)
+    ]
+    asks = maker.asks(rows, 50, np.array([10, 0]), count=2)
+    assert asks.of.tolist() == [0, 0, 1] and len(asks.ids) == 3
+    for text, (answer, end), (room, stop) in zip(asks.ids, asks.rows, asks.targets, strict=True):
+        words = tokenizer.decode(text)
+        assert words.count("Question") == words.count("Answer") == 1
+        assert text[answer + 1] == room in writer.answers and text[end + 1] == stop == tokenizer.eos_token_id
 
 
 def test_heads_start_out_looking_back(recipes) -> None:
