@@ -39,9 +39,9 @@ class Part:
 
 
 PARTS = (
-    Part("tests", 100),
-    Part("steps", 200),
-    Part("streams", 100),
+    Part("tests", 130),
+    Part("steps", 190),
+    Part("streams", 80),
     Part("micro", 50),
     Part("sanitizer", 80),
 )

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,8 +49,8 @@ WORST_ERROR = 2.0  # of ours against fp32, divided by that of eager torch in the
 ROUNDS, REPEATS = 5, 4  # what is compared takes turns
 MEMORY_BOUND = 1 << 20  # bytes that a longer stream may take more
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-GRAPHS = "tests/test_graph_small.py"  # under compute-sanitizer
-KERNELS = "test_lm_head or test_memory or test_attention_through_a_cache"
+GPU_TESTS = {"test_graph_small.py": 0.3, "test_graph_gpu.py": 0.6, "test_triton_gpu.py": 1.0}  # shares of the time left
+KERNELS = "test_lm_head or test_memory or test_attention_through_a_cache"  # under compute-sanitizer
 
 TINY_GPT2 = {**BACKBONES["gpt2"], "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2}
 
@@ -98,8 +99,10 @@ def main() -> None:
 
 
 def tests(place: Place) -> Rows:
-    """Every test that needs a GPU; in a dry run they are collected alone."""
-    yield _pytest("gpu tests", [*PYTEST, "-m", "gpu", "tests", "--collect-only" if place.dry_run else "-x"], place)
+    """Every test that needs a GPU, file by file; in a dry run they are collected alone."""
+    for file, share in GPU_TESTS.items():
+        how = ["--collect-only"] if place.dry_run else ["-x"]
+        yield _pytest(file, [*PYTEST, "-m", "gpu", f"tests/{file}", *how], place, share)
 
 
 def sanitizer(place: Place) -> Rows:
@@ -109,7 +112,7 @@ def sanitizer(place: Place) -> Rows:
         yield {"name": "compute-sanitizer", "skipped": "a dry run" if place.dry_run else missing}
         return
     words = ["compute-sanitizer", "--error-exitcode", "9", *PYTEST, "-x"]
-    yield _pytest("compute-sanitizer, graphs", [*words, "-m", "gpu", GRAPHS], place, share=0.5)
+    yield _pytest("compute-sanitizer, graphs", [*words, "-m", "gpu", "tests/test_graph_small.py"], place, share=0.5)
     # Bounds of its own for every tensor, which a capture does not allow.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     yield _pytest("compute-sanitizer, kernels", [*words, "tests/triton_ops.py", "-k", KERNELS], place, **alone)
@@ -118,14 +121,25 @@ def sanitizer(place: Place) -> Rows:
 def _pytest(name: str, words: list[str], place: Place, share: float = 1.0, **environment: str) -> Row:
     """share: of the time that is left."""
     start, seconds = time.monotonic(), max(share * place.seconds_left - 3, 1)
-    where: dict[str, Any] = {"cwd": ROOT, "env": {**os.environ, **environment}}
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, **where)
-    except subprocess.TimeoutExpired:
+    code, said = _ended(words, seconds, {**os.environ, **environment})
+    if code is None:
         return {"name": name, "failed": "the time of this part ended before the tests did"}
-    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
-    row: Row = {"name": name, "result": re.sub(r"\x1b\[\d+m", "", last), "seconds": round(time.monotonic() - start, 1)}
-    return row if done.returncode == 0 else row | {"failed": (done.stdout + done.stderr)[-1500:]}
+    last = re.sub(r"\x1b\[\d+m", "", said.strip().rpartition("\n")[2])
+    row: Row = {"name": name, "result": last, "seconds": round(time.monotonic() - start, 1)}
+    return row if code == 0 else row | {"failed": said[-1500:]}
+
+
+def _ended(words: list[str], seconds: float, environment: Mapping[str, str]) -> tuple[int | None, str]:
+    """Exit code and output of a command. None: its time ended, and so did it with all that it had started, which would
+    share the card with the next measurement."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            said, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, ""
+    return process.returncode, said
 
 
 # steps

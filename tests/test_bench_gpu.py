@@ -59,6 +59,27 @@ def test_our_linear_is_checked_against_torch(place: gpu_parts.Place) -> None:
     assert len(rows) == 4 and all("ours TFLOP/s" in row and "torch TFLOP/s" in row for row in rows)
 
 
+def test_every_file_with_gpu_tests_is_run(place: gpu_parts.Place) -> None:
+    files = {path.name for path in Path(__file__).parent.glob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
+    assert files - {Path(__file__).name} == set(gpu_parts.GPU_TESTS)
+    rows = list(gpu_parts.tests(place))
+    assert [row["name"] for row in rows] == list(gpu_parts.GPU_TESTS)
+    assert all("collected" in row["result"] and "failed" not in row for row in rows)
+
+
+def test_what_a_command_started_ends_with_its_time(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    assert gpu_parts._ended(["sh", "-c", f"sleep 600 & echo $! > {pid}; wait"], 1, os.environ) == (None, "")
+    state = Path("/proc", pid.read_text().strip(), "stat")
+    for _ in range(100):
+        if not state.exists() or state.read_text().split()[2] == "Z":  # perhaps nobody has collected it yet
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError(state.read_text())
+    assert gpu_parts._ended([sys.executable, "-c", "print('done')"], 60, os.environ) == (0, "done\n")
+
+
 def test_without_compute_sanitizer_that_is_said(place: gpu_parts.Place) -> None:
     assert list(gpu_parts.sanitizer(place)) == [{"name": "compute-sanitizer", "skipped": "a dry run"}]
 
