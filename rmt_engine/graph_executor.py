@@ -101,8 +101,9 @@ class GraphExecutor(EagerExecutor):
             if not free:
                 free.append(recorded)
             return
+        first = self.sizes.decoder and key == GraphKey("logits") and (key.step, key.slots) not in self._steps
         recorded = self.recorded(key)
-        if key == GraphKey("logits") and self.sizes.decoder:  # the head stands behind the graph: compile its kernel now
+        if first:  # the head stands behind the graph: its kernel is compiled now
             self._logits(recorded.recordings[key].result[1])
 
     @property

@@ -245,6 +245,15 @@ def test_all_that_an_engine_is_built_for_is_recorded_then(tiny: TinyCheckpoint, 
     assert recorder.pools == {"stream": 4 if graph.sizes.decoder else 2, "steps": at_first - recorder.pools["stream"]}
 
 
+def test_the_head_of_all_tokens_runs_once_while_an_engine_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads: list[tuple[int, ...]] = []
+    real = GraphExecutor._logits
+    monkeypatch.setattr(GraphExecutor, "_logits", lambda self, rows: (heads.append(rows.shape), real(self, rows))[1])
+    graph, _ = executors(tiny_decoder("gpt2", seed=5, layers=1), slots=2)
+    graph.prepare(4)
+    assert [shape[0] for shape in heads] == [1]
+
+
 def test_more_slots_and_longer_answers_are_recorded_on_first_use_or_when_they_are_prepared() -> None:
     graph, eager = executors(tiny_decoder("gpt2", seed=5, layers=1))
     recorder = recorder_of(graph)
