@@ -59,12 +59,17 @@ def test_our_linear_is_checked_against_torch(place: gpu_parts.Place) -> None:
     assert len(rows) == 4 and all("ours TFLOP/s" in row and "torch TFLOP/s" in row for row in rows)
 
 
-def test_every_file_with_gpu_tests_is_run(place: gpu_parts.Place) -> None:
+def test_every_file_with_gpu_tests_is_run(place: gpu_parts.Place, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {path.name for path in Path(__file__).parent.glob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
     assert files - {Path(__file__).name} == set(gpu_parts.GPU_TESTS)
-    rows = list(gpu_parts.tests(place))
-    assert [row["name"] for row in rows] == list(gpu_parts.GPU_TESTS)
-    assert all("collected" in row["result"] and "failed" not in row for row in rows)
+    (row,) = gpu_parts.tests(place)
+    assert "tests collected" in row["result"] and "failed" not in row
+    words: list[list[str]] = []
+    monkeypatch.setattr(
+        gpu_parts, "_ended", lambda command, seconds, environment: (words.append(command), (0, "ok"))[1]
+    )
+    assert [row["name"] for row in gpu_parts.tests(replace(place, dry_run=False))] == list(gpu_parts.GPU_TESTS)
+    assert [command[-1] for command in words] == [f"tests/{file}" for file in gpu_parts.GPU_TESTS]
 
 
 def test_what_a_command_started_ends_with_its_time(tmp_path: Path) -> None:
