@@ -28,6 +28,7 @@ from rmt_engine.memory import write_atomically
 HERE = Path(__file__).resolve().parent
 SECONDS = 530  # of all parts together
 KILL_AFTER = 10  # seconds that a part has to end by itself
+CELL = 200  # characters of a text in the table
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ def table(rows: list[dict[str, Any]], figures: bool) -> list[str]:
 
 def cell(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value).replace("|", "/").replace("\n", " ")
+        text = str(value).replace("|", "/").replace("\n", " ")
+        return text if len(text) <= CELL else f"…{text[-CELL:]}"  # the JSON file has all of it
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 

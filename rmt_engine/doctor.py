@@ -197,10 +197,11 @@ def describe(report: Mapping[str, Any]) -> str:
     """The report for people."""
     lines = [f"{name:<26} {value or 'not installed'}" for name, value in report["versions"].items()]
     processor, memory, gpu = report["cpu"], report["memory"], report["gpu"]
+    half = "yes" if processor["bf16"] else "in fp32, then rounded: its instructions are missing"
     lines += [
         f"{'CPU':<26} {processor['name']}, {processor['cores']} cores, {processor['threads']} threads",
         f"{'instructions':<26} {' '.join(processor['features']) or 'unknown'}",
-        f"{'bf16 on the CPU':<26} {'yes' if processor['bf16'] else 'in fp32, then rounded: its instructions are missing'}",
+        f"{'bf16 on the CPU':<26} {half}",
         f"{'memory':<26} {_size(memory['total'])}, {_size(memory['free'])} available",
     ]
     for device in gpu["devices"]:

@@ -176,6 +176,10 @@ def test_a_table_of_figures() -> None:
     ]
 
 
+def test_long_words_are_cut_in_the_table() -> None:
+    assert bench_gpu.cell("first\n" + "x" * 300 + "|last") == "…" + "x" * 195 + "/last"
+
+
 def test_the_parts_fit_into_nine_minutes() -> None:
     assert sum(part.seconds for part in bench_gpu.PARTS) <= bench_gpu.SECONDS < 540
     assert {part.name for part in bench_gpu.PARTS} == set(gpu_parts.PARTS)
