@@ -112,8 +112,7 @@ DECODER = Recipe(
         Stage(1, 48, 4, fewest=2, links=0.5, distractors=0.0),
         Stage(1, 48, 4, links=0.5),
         Stage(1, 112, 4, links=0.5, again=0.1),
-        Stage(2, 112, 4, links=0.5, again=0.1),
-        Stage(4, 112, 4, links=0.5, again=0.1),
+        Stage(2, 112, 4, links=0.5, again=0.1, enough=0.8),  # the pool teaches the rest
     )
 )
 ENCODER = Recipe(

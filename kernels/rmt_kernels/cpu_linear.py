@@ -74,7 +74,7 @@ class NativeLinear:
         self.outputs, self.inputs = layer.weight.shape
         self.dtype = layer.weight.dtype
         self.kernel = _cpu.Linear(
-            _fp32(layer.weight),
+            layer.weight.detach().float().contiguous(),
             _fp32(layer.bias),
             "none" if norm is None else norm.kind,
             None if norm is None else _fp32(norm.weight),
