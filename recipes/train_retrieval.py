@@ -55,20 +55,22 @@ from rmt_engine.evaluation.noise import is_held_out, python_sources
 @dataclass(frozen=True)
 class Stage:
     """segments: as many at most are folded before the last; size: tokens of one; facts: as many names at most, `fewest`
-    at least; links: the share of rows with `chain` links in place of facts; again: how often a name's room changes;
-    distractors: the share of rows with sentences that look like statements."""
+    at least, but one in a share of `lone`; links: the share of rows with `chain` links in place of facts, of which
+    `turned` are told from the other end; back: asks for either end; again: how often a name's room changes;
+    distractors: the share of rows with sentences that look like statements; enough: right answers, to go on."""
 
     segments: int
     size: int
     facts: int
     fewest: int = 1
+    lone: float = 0.0
     links: float = 0.0
     chain: int = 2
     turned: float = 0.5
     back: bool = True
     again: float = 0.0
     distractors: float = 0.25
-    enough: float = 0.93  # right answers, to go on
+    enough: float = 0.93
 
 
 @dataclass
@@ -90,8 +92,9 @@ class Recipe:
     curriculum_rate: float = 2e-3
     curriculum_steps: int = 9000  # at most; ends once every stage is learned
     stages: tuple[Stage, ...] = ()
+    pool: Stage = Stage(0, 117, 1)
     pool_rate: float = 1e-3
-    pool_steps: int = 1500
+    pool_steps: int = 3500
     pool_size: int = 64
     blank_size: int = 32
     memory_noise: float = 0.15
@@ -113,7 +116,8 @@ DECODER = Recipe(
         Stage(1, 48, 4, links=0.5),
         Stage(1, 112, 4, links=0.5, again=0.1),
         Stage(2, 112, 4, links=0.5, again=0.1, enough=0.8),  # the pool teaches the rest
-    )
+    ),
+    pool=Stage(0, 112, 4, lone=0.6, links=0.4, again=0.05, distractors=0.1),
 )
 ENCODER = Recipe(
     kind="encoder", segment_size=117, layers=2, heads=4, width=96, inner=192, positions=128, batch=32,
@@ -375,7 +379,8 @@ class Trainer:
         room = max(length - 12, 1)
         if rng.random() < stage.links:
             return [(int(rng.integers(room)), link) for link in writer.chain(rng, stage.chain, stage.turned)]
-        names = rng.permutation(len(NAMES))[: int(rng.integers(stage.fewest, stage.facts + 1))].tolist()
+        count = 1 if rng.random() < stage.lone else int(rng.integers(stage.fewest, stage.facts + 1))
+        names = rng.permutation(len(NAMES))[:count].tolist()
         if rng.random() < stage.again:
             names.append(names[0])
         said = [writer.fact(rng, name, int(rng.integers(len(ROOMS)))) for name in names]
@@ -419,7 +424,7 @@ class Trainer:
         rows = []
         for world, rest in zip(worlds, rests, strict=True):
             said = self.more_news(world, sum(lengths) + int(rest))
-            rows.append(self.maker.row(sum(lengths) + recipe.segment_size, world, said, recipe.stages[-1].distractors))
+            rows.append(self.maker.row(sum(lengths) + recipe.segment_size, world, said, recipe.pool.distractors))
         blank = self.blank[torch.from_numpy(rng.permutation(recipe.blank_size)[:n_blank])]
         lived = torch.stack([*blank, *(pool.at(place).memory for place in old)])
         memory = torch.cat([self.model.initial_memory(n_fresh), shaken(lived, recipe.memory_noise)])
@@ -441,7 +446,7 @@ class Trainer:
         """Always something where nothing is known yet; now and then another or a changed fact."""
         rng, writer = self.maker.rng, self.maker.writer
         if world == World():
-            return self.news(length, self.recipe.stages[-1])
+            return self.news(length, self.recipe.pool)
         if not world.names or rng.random() >= self.recipe.later:
             return []
         fact = writer.fact(rng, int(rng.integers(len(NAMES))), int(rng.integers(len(ROOMS))))
@@ -460,7 +465,7 @@ class Trainer:
         """One more segment of noise for half of the states that know nothing; one starts again now and then."""
         rng, blank, recipe = self.maker.rng, self.blank, self.recipe
         some = torch.from_numpy(rng.permutation(len(blank))[: max(len(blank) // 2, 1)])
-        rows = [self.maker.row(recipe.segment_size, World(), [], recipe.stages[-1].distractors).ids for _ in some]
+        rows = [self.maker.row(recipe.segment_size, World(), [], recipe.pool.distractors).ids for _ in some]
         blank[some] = self.model.fold(blank[some], torch.from_numpy(np.stack(rows).astype(np.int64)))
         if rng.random() < 0.05:
             blank[int(rng.integers(len(blank)))] = self.model.initial_memory(1)[0]
