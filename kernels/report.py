@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from rmt_kernels import configs, segment_attention
 from rmt_kernels.aot import Compiled, Launch, breaches, compiled, recorded
 from rmt_kernels.segment_attention import AttentionSpec
-from transformers import BertConfig, GPT2Config, LlamaConfig
+from transformers import BertConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from rmt_engine.backbones import module_of
 from rmt_engine.config import RMTConfig
@@ -30,15 +31,21 @@ ROWS, MEMORY, SLOTS, NEW_TOKENS = 512, 16, 2, 64  # with one slot, Triton would 
 
 LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
 LLAMA_1B |= {"head_dim": 64, "max_position_embeddings": 4096, "vocab_size": 128256, "tie_word_embeddings": True}
+PYTHIA = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "vocab_size": 50304}
+QWEN3 = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
+QWEN3 |= {"head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
+# Mistral's and Qwen2's blocks are Llama's, RoBERTa's are BERT's.
 BACKBONES: dict[str, tuple[str, Any]] = {
     "gpt2": ("gpt2", GPT2Config(n_layer=2)),
     "llama-1b": ("llama", LlamaConfig(num_hidden_layers=2, **LLAMA_1B)),
     "bert-base": ("bert", BertConfig(num_hidden_layers=2)),
+    "pythia-160m": ("gpt_neox", GPTNeoXConfig(num_hidden_layers=2, **PYTHIA)),
+    "qwen3-0.6b": ("qwen3", Qwen3Config(num_hidden_layers=2, **QWEN3)),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Which steps of which dtypes; fp16 and fp32 launch what bf16 does, with another type and (fp32) other tiles.
 STEPS = {"bf16": tuple(BACKBONES), "fp16": ("gpt2",), "fp32": ("gpt2",)}
-PER_SLOT = {("gpt2", "bf16"), ("llama-1b", "bf16")}  # also with a length of its own for each slot
+ONE_LENGTH = {("gpt2", "bf16")}  # also with one length for all slots, which no engine launches on a card
 HEAD_DIMS, LONGEST = (32, 80, 96, 128), 4096  # attention beside that of the backbones
 COLUMNS = ("registers", "stack", "shared", "warps", "spills", "wgmma", "tcgen05", "mma", "async_copies", "tma")
 Wanted = tuple[configs.Arch, str, str, Launch]
@@ -64,7 +71,7 @@ def executor_of(name: str, dtype: torch.dtype) -> EagerExecutor:
 def segment_step(name: str, dtype: torch.dtype, per_slot: bool) -> None:
     """Everything an engine launches: fold a segment, score it, prefill an answering one and decode.
 
-    per_slot: with lengths on the device, one for each slot.
+    per_slot: with lengths on the device, one for each slot, as an engine on a card has them.
     """
     executor = executor_of(name, dtype)
     text = ROWS - len(executor.layout.frame().before) - len(executor.layout.frame().after)
@@ -96,7 +103,7 @@ def steps() -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(name, dtype, what launches it)."""
     for dtype, names in STEPS.items():
         for name in names:
-            for per_slot in (False, True) if (name, dtype) in PER_SLOT else (False,):
+            for per_slot in (True, False) if (name, dtype) in ONE_LENGTH else (True,):
                 yield name, dtype, partial(segment_step, name, DTYPES[dtype], per_slot)
     yield f"{LONGEST} rows", "bf16", partial(long_attention, torch.bfloat16)
 
@@ -170,7 +177,9 @@ def _document(lines: list[str], missing: int) -> str:
             "# Compiled kernels",
             "",
             "Written by `make kernels-report`, without a GPU: every launch of a segment step, compiled for every",
-            f"architecture. {configs.provenance()}",
+            f"architecture by Triton {triton.__version__}. {configs.provenance()}",
+            "Lengths lie on the device, one for each slot, as an engine on a card has them. Mistral and Qwen2 launch",
+            "what Llama does, at their own sizes, and RoBERTa what BERT does.",
             "shared: bytes; spills: STL and LDL instructions; wgmma, tcgen05, mma: matrix instructions of Hopper, of",
             "Blackwell and of older cards; async_copies: LDGSTS; tma: UTMALDG, loads through descriptors; programs:",
             "how many fit on one multiprocessor; occupancy: the share of its threads that they are, at most.",

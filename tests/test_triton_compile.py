@@ -11,6 +11,8 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +31,7 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
+import triton
 from rmt_kernels import aot
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -67,13 +70,24 @@ def attention() -> None:
     plan(q, k, v, length=512)
 
 
-def rotary_attention_and_decode() -> None:
+def rotary() -> tuple[segment_attention.SegmentAttention, tuple[Tensor, ...]]:
     rope = (meta(4096, 64, dtype=FP32), meta(4096, 64, dtype=FP32))
     plan = segment_attention.plan(AttentionSpec(32, 8, 64, True, 0.125, rope), backend="triton")
-    q, k, v = meta(1, 512, 3072).split((2048, 512, 512), -1)
+    return plan, meta(1, 512, 3072).split((2048, 512, 512), -1)
+
+
+def rotary_attention() -> None:
+    plan, (q, k, v) = rotary()
     plan(q, k, v, length=512)
-    cache = KVCache(meta(1, 8, 600, 64), meta(1, 8, 600, 64), 512)
-    plan(q[:, :1], k[:, :1], v[:, :1], length=1, cache=cache)
+
+
+def decode_over(past: int) -> None:
+    plan, (q, k, v) = rotary()
+    plan(q[:, :1], k[:, :1], v[:, :1], length=1, cache=KVCache(meta(1, 8, 600, 64), meta(1, 8, 600, 64), past))
+
+
+def decode() -> None:
+    decode_over(512)
 
 
 def embeddings() -> None:
@@ -105,18 +119,22 @@ def log_probabilities() -> None:
     plan(meta(1, 480, 768), meta(1, 480, dtype=torch.int64))
 
 
-STEPS: list[Callable[[], None]] = [
+# One configuration of each kernel for every architecture, and for Hopper's what else differs in kind.
+EVERYWHERE: list[Callable[[], None]] = [
     qkv_linear,
-    gated_linear,
-    fp32_linear,
     one_row_split_among_programs,
     attention,
-    rotary_attention_and_decode,
+    decode,
     embeddings,
     norm_of_heads,
     log_probabilities,
 ]
+ON_HOPPER: list[Callable[[], None]] = [gated_linear, fp32_linear, rotary_attention, slots_of_different_lengths]
+STEPS = [(step, arch) for step in EVERYWHERE for arch in ARCHS] + [(step, "sm_90") for step in ON_HOPPER]
 KERNELS = {"linear", "finish", "attention", "join", "append", "read", "norm_rows", "nll", "join_nll"}
+
+
+compiled = cache(aot.compiled)  # tests share launches
 
 
 def launches(step: Callable[[], None], arch: Arch) -> list[aot.Launch]:
@@ -125,32 +143,53 @@ def launches(step: Callable[[], None], arch: Arch) -> list[aot.Launch]:
     return found
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
+@pytest.mark.parametrize("step, arch", STEPS, ids=lambda part: part if isinstance(part, str) else part.__name__)
 def test_compiles_without_a_breach(step: Callable[[], None], arch: Arch) -> None:
     for launch in launches(step, arch):
-        result = aot.compiled(launch, arch)
+        result = compiled(launch, arch)
         assert aot.breaches(launch, result, arch) == [], f"{launch.name} {launch.label()}: {result}"
         assert result.registers > 0 and result.programs(arch) > 0
         if launch.name == "linear_kernel" and launch.half:
             assert result.async_copies + result.tma, "tiles must be on their way while others are multiplied"
 
 
-def test_lengths_on_the_device_cost_no_spill() -> None:
-    for launch in launches(slots_of_different_lengths, "sm_90"):
-        result = aot.compiled(launch, "sm_90")
-        assert aot.breaches(launch, result, "sm_90") == [], f"{launch.name} {launch.label()}: {result}"
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_is_compiled(arch: Arch) -> None:
+    assert {launch.name.removesuffix("_kernel") for step in EVERYWHERE for launch in launches(step, arch)} == KERNELS
 
 
-def test_every_kernel_is_compiled() -> None:
-    assert {launch.name.removesuffix("_kernel") for step in STEPS for launch in launches(step, "sm_90")} == KERNELS
+def test_no_length_is_a_reason_to_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same binaries serve texts of any length in rows of one width, any slots, any place in a KV cache."""
+
+    def segment(slots: int, text: int) -> None:
+        rows = -(-text // 16) * 16 + 32
+        tables = Embeddings(meta(1000, 768), meta(4096, 768), None, norm())
+        read = memory.plan_read(tables, backend="triton")
+        hidden = read(meta(slots, text, dtype=torch.int64), meta(slots, 2, 768), Frame((~0,), (~1,)), rows)
+        layer = Linear(meta(768, 768), meta(768))
+        plan = segment_attention.plan(AttentionSpec(12, 12, 64, True, 0.125), backend="triton")
+        attended = plan(hidden, hidden, hidden, length=text + 2)
+        hidden = linear_residual.plan(layer, norm(), backend="triton")(
+            norm_linear.plan(layer, norm(), backend="triton")(attended), hidden
+        )
+        score = lm_head.plan_nll(Linear(meta(5000, 768)), norm(), backend="triton")
+        score(hidden[:, :text], meta(slots, text, dtype=torch.int64))
+
+    for arch in ARCHS:
+        once = launches(partial(segment, 2, 480), arch)
+        for slots, text in product((1, 3, 16), (480, 479, 465)):
+            assert set(launches(partial(segment, slots, text), arch)) == set(once)
+        assert all(launches(partial(decode_over, past), arch) == launches(decode, arch) for past in (300, 463, 527))
+    for param in importlib.import_module("rmt_kernels.segment_attention.triton").append_kernel.params:
+        monkeypatch.setattr(param, "do_not_specialize", False)
+    assert launches(partial(decode_over, 527), "sm_90") != launches(decode, "sm_90")  # the control
 
 
 def test_a_breach_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attention tile far too large for one warp, and a product on which Hopper's instructions are lost."""
-    monkeypatch.setitem(configs.ATTENTION["sm_90"], ("half", False, False), AttentionConfig(64, 64, warps=1, stages=1))
+    monkeypatch.setitem(configs.ATTENTION["sm_90"], ("half", False, False), AttentionConfig(64, 16, warps=1, stages=1))
     launch = launches(attention, "sm_90")[0]
-    result = aot.compiled(launch, "sm_90")
+    result = compiled(launch, "sm_90")
     assert any(words.startswith("spills: ") for words in aot.breaches(launch, result, "sm_90"))
     fine = replace(result, spills=0, stack=0, shared=1024, wgmma=4, mma=0)
     assert aot.breaches(launch, fine, "sm_90") == []
@@ -167,7 +206,8 @@ def test_a_launch_is_known_by_its_source_and_its_constants() -> None:
     first, second = launches(attention, "sm_90")[0], launches(qkv_linear, "sm_90")[0]
     assert first.key("sm_90") == launches(attention, "sm_90")[0].key("sm_90")
     assert len({first.key("sm_90"), first.key("sm_80"), second.key("sm_90")}) == 3
-    assert "p_q" in first.divisible and "start" in first.divisible
+    assert "p_q" in first.divisible and "q_row" in first.divisible
+    assert "length" not in first.divisible and "start" not in first.divisible
 
 
 @pytest.fixture
@@ -182,6 +222,16 @@ def test_the_committed_report_has_no_breach(report: ModuleType) -> None:
     assert len(known) > 300 and "not compiled yet" not in table
     assert [
         key for key, row in known.items() if row.spills or row.stack or row.shared > configs.SHARED_LIMIT[arch_of[key]]
+    ] == []
+
+
+def test_the_committed_report_is_of_these_kernels(report: ModuleType) -> None:
+    """Every launch of every backbone has its row: a kernel that changed asks for `make kernels-report`."""
+    if f"by Triton {triton.__version__}." not in report.TABLE.read_text():
+        pytest.skip("the report was written with another Triton, whose binaries differ")
+    known = report.known()
+    assert [
+        f"{arch} {name} {launch.name}" for arch, name, _, launch in report.launches() if launch.key(arch) not in known
     ] == []
 
 
@@ -222,7 +272,7 @@ def test_loads_through_descriptors_are_in_the_binary() -> None:
     """Two tensors come by descriptor; a binary that has not as many loads through them is a breach."""
     launch = launches(qkv_linear, "sm_90")[0]
     assert launch.descriptors == 2 and launches(qkv_linear, "sm_80")[0].descriptors == 0
-    result = aot.compiled(launch, "sm_90")
+    result = compiled(launch, "sm_90")
     assert result.tma >= 2 and result.wgmma and not result.async_copies and aot.breaches(launch, result, "sm_90") == []
     assert aot.breaches(launch, replace(result, tma=1), "sm_90") == ["2 descriptors, 1 loads through them"]
 
@@ -237,7 +287,7 @@ def test_attention_of_narrow_and_wide_heads(head_dim: int) -> None:
         plan(q, k, v, length=4096)
 
     for launch in launches(step, "sm_90"):
-        result = aot.compiled(launch, "sm_90")
+        result = compiled(launch, "sm_90")
         assert aot.breaches(launch, result, "sm_90") == [] and result.wgmma
 
 

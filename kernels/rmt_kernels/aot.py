@@ -129,10 +129,11 @@ def _launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Laun
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {name: options.pop(name) for name in list(options) if name in kernel.arg_names}
     constexprs = {kernel.arg_names[i] for i in kernel.constexprs}
+    as_it_is = {param.name for param in kernel.params if param.do_not_specialize}
     signature, constants, divisible = {}, {}, []
     for name in kernel.arg_names:
         value = values[name]
-        if name in constexprs or value is None or (type(value) is int and value == 1):
+        if name in constexprs or value is None or (type(value) is int and value == 1 and name not in as_it_is):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, TensorDescriptor):
             signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
@@ -142,7 +143,7 @@ def _launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Laun
             divisible += [name] if offset % DIVISOR == 0 else []
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible += [name] if value % DIVISOR == 0 else []
+            divisible += [name] if value % DIVISOR == 0 and name not in as_it_is else []
         else:
             signature[name] = "fp32"
     return Launch(

@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rmt_kernels.configs import LinearConfig, arch_of, linear_config, split_k
 from rmt_kernels.per_slot import Rows
-from rmt_kernels.triton_rows import NUMERICS, RowNorm, as_slots, check_dtype, normalize, on
+from rmt_kernels.triton_rows import COUNTS, NUMERICS, RowNorm, as_slots, check_dtype, normalize, on
 from rmt_kernels.weights import Activation, Linear, Norm
 
 
@@ -43,17 +43,19 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def weights_tile(d_w, p_w, n, k, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """A tile [BK, BN] of Wᵀ from output n and input k on, W [·, K], by descriptor where there is one.
+def weights_tile(
+    d_w, p_w, FIRST: tl.constexpr, n, k, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    """A tile [BK, BN] of Wᵀ from output n and input k on, of the N rows of W [·, K] from row FIRST on.
 
-    Outside of W a descriptor gives zeros; pointers give zeros behind K and anything for outputs behind N.
+    By descriptor where there is one. Behind K are zeros; outputs behind N are anything.
     """
     if d_w is not None:
-        b = d_w.load([n, k]).T
+        b = d_w.load([FIRST + n, k]).T
     else:
         o_n = n + tl.arange(0, BN)
         o_k = k + tl.arange(0, BK)
-        p_b = p_w + o_n.to(tl.int64)[None, :] * K + o_k[:, None]
+        p_b = p_w + (FIRST + o_n).to(tl.int64)[None, :] * K + o_k[:, None]
         if N % BN == 0 and K % BK == 0:
             b = tl.load(p_b)
         elif K % BK == 0:
@@ -136,10 +138,10 @@ def places(o_row, slot_rows, p_starts, slot_stride, row_stride):
     i_t = o_row % slot_rows
     if p_starts is not None:
         i_t += tl.load(p_starts + i_b)
-    return i_b * slot_stride + i_t * row_stride
+    return i_b.to(tl.int64) * slot_stride + i_t.to(tl.int64) * row_stride
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_kernel(
     p_x,  # [B, ·, K], rows anywhere
     d_x,  # a descriptor of [B·T, K], or None: by pointer
@@ -184,7 +186,7 @@ def linear_kernel(
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
     m_m = o_m < rows
-    o_row = tl.minimum(o_m, rows - 1).to(tl.int64)  # rows past the end repeat the last one and are not stored
+    o_row = tl.minimum(o_m, rows - 1)  # rows past the end repeat the last one and are not stored
     p_rows = p_x + places(o_row, slot_rows, p_x_starts, x_slot, x_row)[:, None]
 
     acc = tl.zeros([BM, BN], dtype=tl.float32)
@@ -201,10 +203,10 @@ def linear_kernel(
         a = inputs_tile(d_x, p_rows, i_m * BM, k, K, BK)
         if p_gain is not None:
             a = normalized_tile(a, mean, scale, p_gain, p_offset, k, K, BK)
-        b = weights_tile(d_w, p_w, i_n * BN, k, N, K, BN, BK)
+        b = weights_tile(d_w, p_w, 0, i_n * BN, k, N, K, BN, BK)
         acc = tl.dot(a, b, acc, input_precision="ieee")
         if GATED:
-            b = weights_tile(d_w, p_w, N + i_n * BN, k, 2 * N, K, BN, BK)
+            b = weights_tile(d_w, p_w, N, i_n * BN, k, N, K, BN, BK)
             up = tl.dot(a, b, up, input_precision="ieee")
         if NORM != "none" and p_gain is None:
             wide = deviations(a, pivot, k, K, BK, NORM)
@@ -233,7 +235,7 @@ def linear_kernel(
     tl.store(p_tile, acc.to(p_out.dtype.element_ty), mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def finish_kernel(
     p_parts,  # [SPLITS, B·T, N] fp32
     p_bias,  # [N] fp32, or None

@@ -17,6 +17,8 @@ from rmt_kernels.weights import Norm
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Said at every launch: a default that changes between Triton versions would change bits.
 NUMERICS = {"enable_fp_fusion": True}
+# Numbers that change from call to call: where one became 1 or a multiple of 16, Triton would compile anew.
+COUNTS = ["rows", "slot_rows", "query_rows", "text", "ids_slot", "position", "length", "start", "past", "room", "parts"]
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -54,7 +56,7 @@ def normalize(x, m_e, p_weight, p_bias, o_e, eps, E: tl.constexpr, NORM: tl.cons
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def norm_rows_kernel(
     p_x,  # [B, T, E]
     p_weight,  # [E]

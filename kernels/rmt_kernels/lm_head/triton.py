@@ -18,7 +18,7 @@ from rmt_kernels.triton_linear import (
     row_moments,
     weights_tile,
 )
-from rmt_kernels.triton_rows import NUMERICS, on
+from rmt_kernels.triton_rows import COUNTS, NUMERICS, on
 from rmt_kernels.weights import Linear, Norm
 
 # Columns of the vocabulary that one program sums. Fixed, so that the order of a sum does not depend on the rows.
@@ -26,7 +26,7 @@ PART_COLUMNS = 2048
 JOINED_ROWS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def nll_kernel(
     p_x,  # [R, K]
     d_x,  # a descriptor of it, or None: by pointer
@@ -68,7 +68,7 @@ def nll_kernel(
             a = inputs_tile(d_x, p_rows, i_m * BM, k, K, BK)
             if p_gain is not None:
                 a = normalized_tile(a, mean, scale, p_gain, p_offset, k, K, BK)
-            logits = tl.dot(a, weights_tile(d_w, p_w, n, k, V, K, BN, BK), logits, input_precision="ieee")
+            logits = tl.dot(a, weights_tile(d_w, p_w, 0, n, k, V, K, BN, BK), logits, input_precision="ieee")
         if p_bias is not None:
             logits += tl.load(p_bias + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
         chosen += tl.sum(tl.where(o_v[None, :] == target[:, None], logits, 0.0), 1)
@@ -82,7 +82,7 @@ def nll_kernel(
     tl.store(p_chosen + o_out, chosen, mask=m_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def join_nll_kernel(
     p_targets,  # [R] int64
     p_lengths,  # [B] int32, or None: of every slot's rows, how many are asked for

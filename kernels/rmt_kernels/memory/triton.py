@@ -10,11 +10,11 @@ from torch import Tensor
 from rmt_kernels.memory import Embed, Embeddings, Frame, ReadMemory, WriteMemory
 from rmt_kernels.memory.ref import table_of
 from rmt_kernels.per_slot import Count, PerSlot, Rows
-from rmt_kernels.triton_rows import NormRows, RowNorm, as_slots, check_dtype, normalize, on, parts_of
+from rmt_kernels.triton_rows import COUNTS, NormRows, RowNorm, as_slots, check_dtype, normalize, on, parts_of
 from rmt_kernels.weights import Norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def read_kernel(
     p_ids,  # [B, L] int64
     p_lengths,  # [B] int32, or None: L

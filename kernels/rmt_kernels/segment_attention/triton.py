@@ -19,7 +19,7 @@ from rmt_kernels.checks import dims
 from rmt_kernels.configs import KEYS_APART, AttentionConfig, arch_of, attention_config, few
 from rmt_kernels.per_slot import Count, added
 from rmt_kernels.segment_attention import AttentionSpec, KVCache, SegmentAttention
-from rmt_kernels.triton_rows import NUMERICS, as_slots, check_dtype, on, parts_of
+from rmt_kernels.triton_rows import COUNTS, NUMERICS, as_slots, check_dtype, on, parts_of
 
 # what is rotated inside the attention kernel
 NOTHING, QUERIES, QUERIES_AND_KEYS = 0, 1, 2
@@ -106,7 +106,7 @@ def attend_tile(
     return acc, higher, weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_kernel(
     p_q,  # [B, R, H·D]
     p_k,  # rows of D at slot, row and head strides
@@ -212,7 +212,7 @@ def attention_kernel(
     tl.store(p_tile, acc.to(p_out.dtype.element_ty), mask=m_r[:, None] & (o_d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def join_kernel(
     p_parts,  # [parts, rows, D] fp32
     p_maximum,  # [parts, rows] fp32
@@ -238,7 +238,7 @@ def join_kernel(
     tl.store(p_out + i_r * D + o_d, (acc / weight).to(p_out.dtype.element_ty), mask=o_d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def append_kernel(
     p_k,  # [B, R, H_kv·D]
     p_v,
