@@ -537,6 +537,9 @@ def test_three_recurrent_segments_equal_the_reference(kind: str) -> None:
 
 
 RECURRED = 100  # segments
+# Of the blocks' matrices: one at which `ref` itself, in bf16, keeps the rule. A Llama's at 1 and at 4 do not, by chance
+# of a single seed.
+STRENGTH = {"gpt2": 4, "llama": 2, "bert": 4}
 
 
 def strong(kind: str, seed: int) -> Any:
@@ -550,7 +553,7 @@ def strong(kind: str, seed: int) -> Any:
     checkpoint = make(kind, seed, layers=1, **small)
     for name, parameter in checkpoint.model.named_parameters():
         if parameter.ndim == 2 and any(part in name for part in (".h.", ".layers.", ".layer.")):
-            parameter *= 4
+            parameter *= STRENGTH[kind]
         parameter.copy_(parameter.to(LOW))
     checkpoint.memory = checkpoint.memory.to(LOW).float()
     return checkpoint
