@@ -54,14 +54,17 @@ run: setup ## Read 2,000,000 tokens with a fact hidden in them, and ask for it
 test: setup ## Run every test that needs no GPU; ARGS='-k stream' goes to pytest
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not gpu' $(ARGS)
 
-test-gpu: setup ## Run the tests that need a CUDA device
+test-gpu: setup ## Run the tests that need a CUDA device, then test-gpu-sanitize; with ARGS the tests alone
 	$(PY) -m pytest -m gpu $(ARGS)
+	$(if $(ARGS),,$(MAKE) test-gpu-sanitize)
 
-# Without torch's cache every tensor has bounds of its own; but graphs cannot be captured then.
+# Without torch's cache every tensor has bounds of its own; but graphs cannot be captured then. A recurrence of a hundred
+# segments shows a sanitizer nothing that one segment does not.
 SANITIZED = compute-sanitizer --error-exitcode 1 $(PY) -m pytest -p no:cacheprovider
 test-gpu-sanitize: setup ## Run the tests of kernels and graphs on a CUDA device under compute-sanitizer
+	@command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer on the PATH: it comes with the CUDA toolkit" >&2; exit 1; }
 	$(SANITIZED) -m gpu tests/test_graph_small.py $(ARGS)
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZED) tests/triton_ops.py $(ARGS)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZED) tests/triton_ops.py $(or $(ARGS),-k 'not error_rule_of_a_memory')
 
 bench-gpu: setup ## Measure everything on a CUDA device, in under 9 minutes; ARGS='--output FILE.json' names the result
 	$(PY) benchmarks/bench_gpu.py $(or $(ARGS),--output benchmarks/results/gpu.json)
