@@ -94,7 +94,7 @@ class Recipe:
     stages: tuple[Stage, ...] = ()
     pool: Stage = Stage(0, 117, 1)
     pool_rate: float = 1e-3
-    pool_steps: int = 3500
+    pool_steps: int = 7000
     pool_size: int = 64
     blank_size: int = 32
     memory_noise: float = 0.15
