@@ -127,10 +127,11 @@ class Trainer:
         return round(time.time() - self.started, 1)
 
     def train(self) -> None:
-        recipe, mean = self.recipe, 0.0
+        recipe, mean, seen = self.recipe, 0.0, 0
         while self.step < recipe.steps:
             loss = float(self.train_step())
-            mean += (loss - mean) * max(0.02, 1 / self.step)
+            seen += 1  # in this run: one that goes on begins its mean anew
+            mean += (loss - mean) * max(0.02, 1 / seen)
             if self.step % 25 == 0:
                 log(step=self.step, horizon=recipe.horizon(self.step), loss=round(mean, 4), seconds=self.seconds())
             if self.step % recipe.save_every == 0 or self.step == recipe.steps:
