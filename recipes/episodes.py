@@ -70,6 +70,12 @@ class EpisodeMaker:
             self._insert(row, position, statement)
         return row
 
+    def read_on(self, row: Row, length: int) -> Row:
+        """A row with noise behind it, or as much of it as `length` tokens hold."""
+        missing = max(length - len(row.ids), 0)
+        ids = np.concatenate([row.ids, self.bank.sample(self.rng, missing)]) if missing else row.ids[:length]
+        return Row(ids, row.world, [one for one in row.said if one[1] <= length])
+
     def _insert(self, row: Row, at: int, statement: Statement) -> None:
         """Puts a statement in near `at` and drops as much noise from the end; nothing where it does not fit."""
         length = len(row.ids)

@@ -158,6 +158,13 @@ class StatementWriter:
             said.append(self.links[(far, BACK[way], near) if turned else (near, way, far)])
         return [said[i] for i in rng.permutation(count)]
 
+    def another_link(self, rng: np.random.Generator, link: tuple[int, int, int], share: float = 0.5) -> Statement:
+        """A link that puts a third room at either end of a told one's line."""
+        near, way, far = link
+        third = int(rng.choice([room for room in range(len(ROOMS)) if room not in (near, far)]))
+        ahead, behind = (third, near) if rng.random() < 0.5 else (far, third)
+        return self.links[(behind, BACK[way], ahead) if rng.random() < share else (ahead, way, behind)]
+
     def questions(self, world: World, back: bool = True) -> list[tuple[np.ndarray, int]]:
         """Everything that can be asked, with the id of the answer: where each name is, which rooms end the line."""
         asked = [(self.asked_where[name], world.rooms[name]) for name in world.names]

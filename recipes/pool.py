@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from episodes import Row
 from facts_data import World
 from torch import Tensor
 
@@ -51,7 +52,20 @@ class Pool:
         return [state.age for state in self.states if state is not None]
 
 
-def shaken(memory: Tensor, most: float) -> Tensor:
-    """Memory states [B, M, E] with random noise of up to `most` of their scale; half of them stay as they are."""
-    size = torch.rand(len(memory), 1, 1) * most * (torch.rand(len(memory), 1, 1) < 0.5)
-    return memory + size * torch.randn_like(memory) * memory.std() if len(memory) else memory
+@dataclass
+class Hard:
+    """What a state did not take well: the state, and the segment that it then read."""
+
+    memory: Tensor  # [M, E]
+    row: Row
+
+
+def disturbed(memory: Tensor, noise: float, mix: float) -> Tensor:
+    """Memory states [B, M, E], of which a half gets random noise of up to `noise` of its scale, and a half, drawn
+    apart, a share of up to `mix` of another one: what states are told apart by is where they must be hard to move."""
+    count = len(memory)
+    if not count:
+        return memory
+    size, share = (most * torch.rand(count, 1, 1) * (torch.rand(count, 1, 1) < 0.5) for most in (noise, mix))
+    other = memory[torch.randperm(count)]
+    return memory + share * (other - memory) + size * torch.randn_like(memory) * memory.std()

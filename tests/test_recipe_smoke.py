@@ -21,7 +21,7 @@ from rmt_engine import Engine  # noqa: E402
 from rmt_engine.checkpoint.conversion import convert  # noqa: E402
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-MODULES = ("facts_data", "episodes", "copying_init", "rmt_training", "train_retrieval", "lm_data", "train_lm")
+MODULES = ("facts_data", "episodes", "pool", "copying_init", "rmt_training", "train_retrieval", "lm_data", "train_lm")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def recipes() -> Iterator[SimpleNamespace]:
 def decoder(tmp_path_factory, recipes) -> Path:
     """What the smoke run of the decoder writes."""
     out = tmp_path_factory.mktemp("decoder")
-    train(recipes, "decoder", out)
+    train(recipes, "facts", out)
     return out
 
 
@@ -125,7 +125,7 @@ def test_the_engine_computes_what_the_encoder_was_trained_on(encoder: Path, reci
 
 
 def test_a_run_that_was_cut_off_goes_on(decoder: Path, recipes) -> None:
-    recipe = replace(recipes.train_retrieval.DECODER, **recipes.train_retrieval.TINY)
+    recipe = replace(recipes.train_retrieval.FACTS, **recipes.train_retrieval.TINY)
     resumed = recipes.train_retrieval.Trainer(recipe, decoder)
     assert (resumed.step, resumed.pool_steps_done) == (8, 4)
     figures = json.loads((decoder / "recipe.json").read_text())["figures"]
@@ -177,6 +177,53 @@ def test_an_episode_knows_what_was_read_by_when(decoder: Path, recipes) -> None:
             assert f"{recipes.facts_data.NAMES[name]} " in tokenizer.decode(row.ids[start:end])
             assert row.known(end).rooms[name] == room and row.known(end - 1).rooms[name] == -1
             assert row.cut_at(end - 1) and not row.cut_at(end)
+
+
+def test_a_second_link_puts_a_third_room_at_an_end(decoder: Path, recipes) -> None:
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(decoder / "base")
+    writer, rng = recipes.facts_data.StatementWriter(tokenizer), np.random.default_rng(0)
+    for seed in range(40):
+        first = writer.chain(rng, count=1)[0]
+        second = writer.another_link(rng, (*first.says[:3],))
+        world = recipes.facts_data.World().told(first.says).told(second.says)
+        answers = [answer for _, answer in writer.questions(world)]
+        rooms = {room for near, _, far in world.links for room in (near, far)}
+        assert len(rooms) == 3 and len(set(answers)) == 2, seed
+
+
+def test_half_of_the_states_are_disturbed_by_noise_and_half_by_others(recipes) -> None:
+    torch.manual_seed(0)
+    memory = torch.randn(400, 8, 16)
+    noisy, mixed = (recipes.pool.disturbed(memory, *most) - memory for most in ((0.4, 0.0), (0.0, 0.25)))
+    for change in (noisy, mixed):
+        assert 0.4 < float((change.flatten(1).norm(dim=1) > 0).float().mean()) < 0.6
+    assert 0.0 < float(noisy.std()) < 0.4
+    assert float(mixed.norm() / memory.norm()) < 0.25
+    assert len(recipes.pool.disturbed(memory[:0], 0.4, 0.25)) == 0
+
+
+def test_what_states_took_worst_is_read_again(decoder: Path, recipes, tmp_path: Path) -> None:
+    shutil.copytree(decoder / "training", tmp_path / "training", ignore=shutil.ignore_patterns("state.pt"))
+    recipe = replace(recipes.train_retrieval.FACTS, **{**recipes.train_retrieval.TINY, "hard": 2, "lived": 8})
+    trainer = recipes.train_retrieval.Trainer(recipe, tmp_path)
+    pool, world = trainer.pool_states, recipes.facts_data.World().told((0, 1))
+    for place in range(8):
+        memory = trainer.model.initial_memory(1)[0].detach() + 0.1 * place
+        pool.states[place] = recipes.pool.Lived(memory, world, 112)
+    worst = {}
+    plain = trainer.learner.live
+    trainer.learner.live = lambda memory, rows: worst.setdefault("of", (memory, plain(memory, rows)))[1]
+    trainer.live_on({})
+    memory, reading = worst["of"]
+    order = reading.loss.argsort(descending=True)[:2].tolist()
+    assert reading.asked.any() and len(trainer.hard) == 2
+    for one, i in zip(trainer.hard, order, strict=True):
+        assert torch.equal(one.memory, memory[i]) and len(one.row.ids) == recipe.segment_size
+    longer = trainer.maker.read_on(trainer.hard[0].row, 300)
+    assert len(longer.ids) == 300 and np.array_equal(longer.ids[:112], trainer.hard[0].row.ids)
+    trainer.learner.live = plain
+    trainer.pool_step({}, 1.0)
+    assert len(trainer.hard) == 2  # those of the next step
 
 
 def test_a_question_stands_in_a_text_of_its_own(decoder: Path, recipes) -> None:

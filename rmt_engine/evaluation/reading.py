@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rmt_engine.engine import Engine
@@ -15,6 +16,7 @@ from rmt_engine.evaluation.answers import Answer, question_ids, rows_of, tensor
 from rmt_engine.evaluation.store import Key
 from rmt_engine.evaluation.texts import Trial
 from rmt_engine.layouts import Cut
+from rmt_engine.slot_count import batch_size
 
 OnStep = Callable[[int], None]
 
@@ -92,13 +94,21 @@ def read_and_ask(
         while place.position < border:
             stop = place.position + next_size(batch[0].cut, place.position)
             ids = tensor(engine, [reading.trial.text.read(place.position, stop) for reading in batch])
-            place = Place(stop, engine.executor.fold(ids, place.memory))
+            place = Place(stop, fold(engine, ids, place.memory))
             on_place(place)
             on_step(ids.numel())
         members = [i for i, reading in enumerate(batch) if length in reading.asked_at]
         asked = [batch[i] for i in members]
         answers = _ask(engine, answer, asked, rows_of(place.memory, members), place.position, length)
         yield [(reading, length, text) for reading, text in zip(asked, answers, strict=True)]
+
+
+def fold(engine: Engine, ids: Tensor, memory: Tensor) -> Tensor:
+    """The memory states after one segment of each text, in batches whose rows stay in a processor's caches."""
+    size = batch_size(engine, len(ids))
+    if size >= len(ids):
+        return engine.executor.fold(ids, memory)
+    return torch.cat([engine.executor.fold(*part) for part in zip(ids.split(size), memory.split(size), strict=True)])
 
 
 def next_size(cut: Cut, position: int) -> int:
@@ -127,6 +137,6 @@ def _ask(
     if readings[0].tail:
         rests = [np.concatenate([r, question_ids(engine, p)]) for r, p in zip(rests, problems, strict=True)]
         while len(rests[0]) > (size := next_size(readings[0].cut, position)):  # the question crosses a border
-            memory = engine.executor.fold(tensor(engine, [rest[:size] for rest in rests]), memory)
+            memory = fold(engine, tensor(engine, [rest[:size] for rest in rests]), memory)
             rests, position = [rest[size:] for rest in rests], position + size
     return answer(np.stack(rests), problems, memory)
