@@ -44,13 +44,13 @@ from transformers import (
 @dataclass(frozen=True)
 class Recipe:
     seed: int = 7
-    segment_size: int = 48
-    memory_tokens: int = 16
-    batch: int = 24
-    bptt: int = 2  # segments with gradients in one step
-    horizons: tuple[int, ...] = (1, 2, 4, 8)
-    shares: tuple[float, ...] = (0.25, 0.15, 0.2, 0.4)  # of the steps, for each horizon
-    steps: int = 4000
+    segment_size: int = 24
+    memory_tokens: int = 8
+    batch: int = 16
+    bptt: int = 8  # segments with gradients in one step, at most
+    horizons: tuple[int, ...] = (1, 2, 4, 8, 32)
+    shares: tuple[float, ...] = (0.1, 0.1, 0.15, 0.4, 0.25)  # of the steps, for each horizon
+    steps: int = 3000
     rate: float = 2e-3
     warmup: int = 100
     save_every: int = 200
@@ -72,8 +72,9 @@ class Recipe:
 
 
 TINY = {
-    "segment_size": 16, "memory_tokens": 4, "batch": 4, "steps": 8, "save_every": 4, "layers": 2, "heads": 2,
-    "width": 32, "inner": 48, "vocab_size": 400,
+    "segment_size": 16, "memory_tokens": 4, "batch": 4, "bptt": 2, "horizons": (1, 2, 4, 8),
+    "shares": (0.25, 0.25, 0.25, 0.25), "steps": 8, "save_every": 4, "layers": 2, "heads": 2, "width": 32, "inner": 48,
+    "vocab_size": 400,
 }  # fmt: skip
 
 

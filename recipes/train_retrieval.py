@@ -100,11 +100,11 @@ class Recipe:
     stages: tuple[Stage, ...] = ()
     pool: Stage = Stage(0, 117, 1)
     pool_rate: float = 1e-3
-    pool_steps: int = 3000
+    pool_steps: int = 2800
     pool_size: int = 192
     blank_size: int = 32
-    lived: int = 48  # states that read a segment without gradients, each step
-    hard: int = 4  # rows of a batch for the worst of them
+    lived: int = 48  # states that read a segment without gradients, each step, and a third as many that are told news
+    hard: int = 5  # rows of a batch for the worst of them
     memory_noise: float = 0.4
     memory_mix: float = 0.25
     later: float = 0.05  # how often a row that knows facts reads one more
@@ -138,13 +138,14 @@ LINKS = Recipe(
         Stage(1, 48, 0, links=1.0, distractors=0.0),
         Stage(1, 48, 0, links=1.0, apart=0.2),
         Stage(1, 112, 0, links=1.0, apart=0.2),
-        Stage(2, 112, 0, links=1.0, apart=0.3, enough=0.8),
+        Stage(2, 112, 0, links=1.0, apart=0.3, enough=0.7),
     ),
     pool=Stage(0, 112, 0, links=1.0, apart=0.6, distractors=0.15),
+    pool_steps=1600,
 )
 ENCODER = Recipe(
     kind="encoder", segment_size=117, layers=2, heads=4, width=96, inner=192, positions=128, batch=32,
-    curriculum_rate=1e-3, average=0.998, later=0.0,
+    curriculum_rate=1e-3, average=0.998, later=0.0, pool_steps=1500,
     stages=(Stage(0, 117, 1), Stage(1, 117, 1), Stage(2, 117, 1), Stage(3, 117, 1)),
 )  # fmt: skip
 RECIPES = {"facts": FACTS, "links": LINKS, "encoder": ENCODER}
@@ -507,19 +508,22 @@ class Trainer:
 
     @torch.no_grad()
     def live_on(self, right: dict[str, float]) -> None:
-        """One more segment for many states; the next step has those that took it worst."""
+        """One more segment for many states, and news for some that know nothing; the next step has those that took it
+        worst."""
         recipe, rng, pool = self.recipe, self.maker.rng, self.pool_states
-        places = pool.draw(rng, recipe.lived)
-        if not places:
-            return
-        states = [pool.at(place) for place in places]
+        known = pool.draw(rng, recipe.lived)
+        places: list[int | None] = [*known, *[None] * (recipe.lived // 3)]
+        blank = self.blank[torch.from_numpy(rng.permutation(recipe.blank_size)[: recipe.lived // 3])]
+        memory = torch.stack([*(pool.at(place).memory for place in known), *blank])
+        worlds = [*(pool.at(place).world for place in known), *[World()] * len(blank)]
         size = recipe.segment_size
-        rows = [self.maker.row(size, s.world, self.more_news(s.world, size), recipe.pool.distractors) for s in states]
-        reading = self.learner.live(torch.stack([state.memory for state in states]), rows)
+        rows = [self.maker.row(size, w, self.more_news(w, size), recipe.pool.distractors) for w in worlds]
+        reading = self.learner.live(memory, rows)
         self.settle(reading, rows, places, size)
-        note(right, "lived", reading.right, reading.asked, 0.01)
-        for i in reading.loss.topk(min(recipe.hard, len(places))).indices.tolist():
-            self.hard.append(Hard(states[i].memory, rows[i]))
+        for kind, part in (("lived", slice(0, len(known))), ("told", slice(len(known), None))):
+            note(right, kind, reading.right[part], reading.asked[part], 0.01)
+        for i in reading.loss.topk(min(recipe.hard, len(rows))).indices.tolist():
+            self.hard.append(Hard(memory[i], rows[i]))
 
     def more_news(self, world: World, length: int) -> list[tuple[int, Statement]]:
         """Always something where nothing is known yet; now and then another or a changed fact."""
@@ -544,12 +548,11 @@ class Trainer:
 
     @torch.no_grad()
     def age_blank(self) -> None:
-        """One more segment of noise for half of the states that know nothing; one starts again now and then."""
+        """One more segment of noise for the states that know nothing; one starts again now and then."""
         rng, blank, recipe = self.maker.rng, self.blank, self.recipe
-        some = torch.from_numpy(rng.permutation(len(blank))[: max(len(blank) // 2, 1)])
-        rows = [self.maker.row(recipe.segment_size, World(), [], recipe.pool.distractors).ids for _ in some]
-        blank[some] = self.model.fold(blank[some], torch.from_numpy(np.stack(rows).astype(np.int64)))
-        if rng.random() < 0.05:
+        rows = [self.maker.row(recipe.segment_size, World(), [], recipe.pool.distractors).ids for _ in blank]
+        blank[:] = self.model.fold(blank, torch.from_numpy(np.stack(rows).astype(np.int64)))
+        if rng.random() < 0.02:
             blank[int(rng.integers(len(blank)))] = self.model.initial_memory(1)[0]
 
     def save(self, figures: dict[str, object]) -> None:
