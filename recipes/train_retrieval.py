@@ -100,7 +100,7 @@ class Recipe:
     stages: tuple[Stage, ...] = ()
     pool: Stage = Stage(0, 117, 1)
     pool_rate: float = 1e-3
-    pool_steps: int = 2800
+    pool_steps: int = 3600
     pool_size: int = 192
     blank_size: int = 32
     lived: int = 48  # states that read a segment without gradients, each step, and a third as many that are told news
@@ -109,6 +109,7 @@ class Recipe:
     memory_mix: float = 0.25
     later: float = 0.05  # how often a row that knows facts reads one more
     linked: float = 0.1  # how often a row that knows one link reads the second
+    cut: float = 0.3  # how often a statement is put where a border may cut it
     average: float = 0.995
     save_every: int = 100
     max_files: int = 0  # 0: all
@@ -127,6 +128,7 @@ FACTS = Recipe(
         Stage(2, 112, 4, again=0.1, enough=0.8),  # the pool teaches the rest
     ),
     pool=Stage(0, 112, 4, lone=0.6, again=0.05, distractors=0.15),
+    cut=0.5,
 )
 # How rooms lie, in three: two do not learn whether the asked direction is the told one or its opposite.
 LINKS = Recipe(
@@ -141,7 +143,9 @@ LINKS = Recipe(
         Stage(2, 112, 0, links=1.0, apart=0.3, enough=0.7),
     ),
     pool=Stage(0, 112, 0, links=1.0, apart=0.6, distractors=0.15),
-    pool_steps=1600,
+    pool_steps=3000,
+    pool_rate=4e-4,
+    linked=0.25,
 )
 ENCODER = Recipe(
     kind="encoder", segment_size=117, layers=2, heads=4, width=96, inner=192, positions=128, batch=32,
@@ -407,11 +411,9 @@ class Trainer:
         if not lengths:
             rests[:] = stage.size
         self.maker.asks_back = stage.back
+        total = sum(lengths) + stage.size
         rows = [
-            self.maker.row(
-                sum(lengths) + stage.size, World(), self.news(sum(lengths) + int(rest), stage), stage.distractors
-            )
-            for rest in rests
+            self.maker.row(total, World(), self.news(lengths, int(rest), stage), stage.distractors) for rest in rests
         ]
         return self.learner.read(self.model.initial_memory(batch), rows, lengths, rests), count == stage.segments
 
@@ -426,26 +428,36 @@ class Trainer:
         """Lengths of the rests of a batch, any that fits beside a question."""
         return self.maker.rng.integers(0, size - 16, size=self.recipe.batch)
 
-    def news(self, length: int, stage: Stage) -> list[tuple[int, Statement]]:
+    def news(self, lengths: list[int], rest: int, stage: Stage) -> list[tuple[int, Statement]]:
         """What a row is told that knows nothing yet: wanted position and statement."""
         rng, writer = self.maker.rng, self.maker.writer
-        room = max(length - 12, 1)
         if rng.random() < stage.links:
             count = 1 if rng.random() < stage.apart else stage.chain
-            return [(int(rng.integers(room)), link) for link in writer.chain(rng, count, stage.turned)]
+            said = writer.chain(rng, count, stage.turned)
+            return [(self.somewhere(lengths, rest), link) for link in said]
         count = 1 if rng.random() < stage.lone else int(rng.integers(stage.fewest, stage.facts + 1))
         names = rng.permutation(len(NAMES))[:count].tolist()
         if rng.random() < stage.again:
             names.append(names[0])
         said = [writer.fact(rng, name, int(rng.integers(len(ROOMS)))) for name in names]
-        places = [0 if rng.random() < 0.08 else int(rng.integers(room)) for _ in said]
+        places = [0 if rng.random() < 0.08 else self.somewhere(lengths, rest) for _ in said]
         return list(zip(places, said, strict=True))
+
+    def somewhere(self, lengths: list[int], rest: int) -> int:
+        """A place in segments and a rest, often so that a statement there is cut by a border."""
+        rng, length = self.maker.rng, sum(lengths) + rest
+        borders = [end for end in np.cumsum(lengths).tolist() if end < length]
+        if borders and rng.random() < self.recipe.cut:
+            return max(int(rng.choice(borders)) - int(rng.integers(1, 9)), 0)
+        return int(rng.integers(max(length - 12, 1)))
 
     # ------------------------------------------------------------------------------------------------------ 2. pool
 
     def pool(self) -> None:
         recipe = self.recipe
         right: dict[str, float] = {}
+        if not self.pool_steps_done:  # the curriculum's rate shakes the weights: their average is the better start
+            self.model.load_state_dict(self.average.values, strict=False)
         while self.pool_steps_done < recipe.pool_steps:
             done = self.pool_steps_done / recipe.pool_steps
             reading = self.pool_step(right, min(1.0, (self.pool_steps_done + 1) / 20) * min(1.0, 2 * (1 - done)))
@@ -479,16 +491,18 @@ class Trainer:
         length = sum(lengths) + recipe.segment_size
         rows = []
         for world, rest in zip(worlds, rests, strict=False):
-            said = self.more_news(world, sum(lengths) + int(rest))
+            said = self.more_news(world, lengths, int(rest))
             rows.append(self.maker.row(length, world, said, recipe.pool.distractors))
         rows += [self.maker.read_on(one.row, length) for one in hard]
         blank = self.blank[torch.from_numpy(rng.permutation(recipe.blank_size)[:n_blank])]
         lived = torch.stack([pool.at(place).memory for place in old]) if old else blank[:0]
+        strong = min(1.0, self.pool_steps_done / 1000)
+        noise, mix = strong * recipe.memory_noise, strong * recipe.memory_mix
         memory = torch.cat(
             [
                 self.model.initial_memory(n_fresh),
-                disturbed(blank, recipe.memory_noise, 0.0),
-                disturbed(lived, recipe.memory_noise, recipe.memory_mix),
+                disturbed(blank, noise, 0.0),
+                disturbed(lived, noise, mix),
                 *(one.memory[None] for one in hard),
             ]
         )
@@ -517,7 +531,7 @@ class Trainer:
         memory = torch.stack([*(pool.at(place).memory for place in known), *blank])
         worlds = [*(pool.at(place).world for place in known), *[World()] * len(blank)]
         size = recipe.segment_size
-        rows = [self.maker.row(size, w, self.more_news(w, size), recipe.pool.distractors) for w in worlds]
+        rows = [self.maker.row(size, w, self.more_news(w, [size], 0), recipe.pool.distractors) for w in worlds]
         reading = self.learner.live(memory, rows)
         self.settle(reading, rows, places, size)
         for kind, part in (("lived", slice(0, len(known))), ("told", slice(len(known), None))):
@@ -525,18 +539,17 @@ class Trainer:
         for i in reading.loss.topk(min(recipe.hard, len(rows))).indices.tolist():
             self.hard.append(Hard(memory[i], rows[i]))
 
-    def more_news(self, world: World, length: int) -> list[tuple[int, Statement]]:
-        """Always something where nothing is known yet; now and then another or a changed fact."""
+    def more_news(self, world: World, lengths: list[int], rest: int) -> list[tuple[int, Statement]]:
+        """Always something where nothing is known yet; now and then another or a changed fact, or the second link."""
         rng, writer = self.maker.rng, self.maker.writer
         if world == World():
-            return self.news(length, self.recipe.pool)
+            return self.news(lengths, rest, self.recipe.pool)
         if len(world.links) == 1 and rng.random() < self.recipe.linked:
-            said = writer.another_link(rng, world.links[0])
-            return [(int(rng.integers(max(length - 12, 1))), said)]
+            return [(self.somewhere(lengths, rest), writer.another_link(rng, world.links[0]))]
         if not world.names or rng.random() >= self.recipe.later:
             return []
         fact = writer.fact(rng, int(rng.integers(len(NAMES))), int(rng.integers(len(ROOMS))))
-        return [(int(rng.integers(max(length - 12, 1))), fact)]
+        return [(self.somewhere(lengths, rest), fact)]
 
     def settle(self, reading: Reading, rows: list[Row], places: list[int | None], read: int) -> None:
         memory = reading.memory.detach()

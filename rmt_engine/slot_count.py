@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from rmt_engine.engine import Engine
 
 # Rows of a batch on a CPU: it gains what its calls cost beside the GEMMs, and the last document pays for all of it. In
-# fp32, and in half precision where its products are taken in fp32, two segments of the embedded checkpoint gain all
+# fp32, and in half precision where its products are taken in fp32, four segments of the embedded checkpoint gain all
 # there is (benchmarks/slots.py); calls weigh more where the CPU has instructions for it, as those GEMMs are faster.
-CPU_ROWS = 256
+CPU_ROWS = 512
 CPU_ROWS_OF_HALF = 1024
 MOST_SLOTS = 64
 MEMORY_SHARE = 0.5  # of what is free
