@@ -61,7 +61,7 @@ class Stage:
     at least, but one in a share of `lone`; links: the share of rows with `chain` links in place of facts, of which
     `turned` are told from the other end; back: asks for either end; again: how often a name's room changes; apart: how
     often a second link is left for a later step; distractors: the share of rows with sentences that look like
-    statements; enough: right answers, to go on."""
+    statements; enough: right answers, to go on; rate: times the curriculum's."""
 
     segments: int
     size: int
@@ -76,6 +76,7 @@ class Stage:
     apart: float = 0.0
     distractors: float = 0.25
     enough: float = 0.93
+    rate: float = 1.0
 
 
 @dataclass
@@ -139,8 +140,9 @@ LINKS = Recipe(
         Stage(0, 48, 0, links=1.0, distractors=0.0),
         Stage(1, 48, 0, links=1.0, distractors=0.0),
         Stage(1, 48, 0, links=1.0, apart=0.2),
-        Stage(1, 112, 0, links=1.0, apart=0.2),
-        Stage(2, 112, 0, links=1.0, apart=0.3, enough=0.7),
+        # The second link in a later segment: the memory has to be read while it is written.
+        Stage(3, 48, 0, links=1.0, apart=0.1, rate=0.4),
+        Stage(3, 112, 0, links=1.0, apart=0.2, rate=0.4, enough=0.9),
     ),
     pool=Stage(0, 112, 0, links=1.0, apart=0.6, distractors=0.15),
     pool_steps=3000,
@@ -379,7 +381,8 @@ class Trainer:
         while self.step < recipe.curriculum_steps and self.stage < len(recipe.stages):
             stage = recipe.stages[self.stage]
             reading, hardest = self.curriculum_step(stage)
-            self.update(reading.loss, recipe.curriculum_rate * min(1.0, (self.step + 1) / recipe.warmup))
+            rate = stage.rate * recipe.curriculum_rate
+            self.update(reading.loss, rate * min(1.0, (self.step + 1) / recipe.warmup))
             if hardest and reading.asked.any():
                 accuracy += 0.06 * (float(reading.right[reading.asked].float().mean()) - accuracy)
                 seen += 1
