@@ -106,6 +106,7 @@ class Recipe:
     blank_size: int = 32
     lived: int = 48  # states that read a segment without gradients, each step, and a third as many that are told news
     hard: int = 5  # rows of a batch for the worst of them
+    ages_double: float = 100  # steps in which states that know nothing grow twice as old, from 4 segments on
     memory_noise: float = 0.4
     memory_mix: float = 0.25
     later: float = 0.05  # how often a row that knows facts reads one more
@@ -554,6 +555,10 @@ class Trainer:
         fact = writer.fact(rng, int(rng.integers(len(NAMES))), int(rng.integers(len(ROOMS))))
         return [(self.somewhere(lengths, rest), fact)]
 
+    def oldest(self) -> float:
+        """Segments that states that know nothing read on average, at this point of the pool."""
+        return min(4 * 2 ** (self.pool_steps_done / self.recipe.ages_double), 1600)
+
     def settle(self, reading: Reading, rows: list[Row], places: list[int | None], read: int) -> None:
         memory = reading.memory.detach()
         for i, (row, place) in enumerate(zip(rows, places, strict=False)):  # hard ones stand behind, and stay out
@@ -564,12 +569,12 @@ class Trainer:
 
     @torch.no_grad()
     def age_blank(self) -> None:
-        """One more segment of noise for the states that know nothing; one starts again now and then."""
+        """One more segment of noise for the states that know nothing; some start again."""
         rng, blank, recipe = self.maker.rng, self.blank, self.recipe
         rows = [self.maker.row(recipe.segment_size, World(), [], recipe.pool.distractors).ids for _ in blank]
         blank[:] = self.model.fold(blank, torch.from_numpy(np.stack(rows).astype(np.int64)))
-        if rng.random() < 0.02:
-            blank[int(rng.integers(len(blank)))] = self.model.initial_memory(1)[0]
+        anew = torch.from_numpy(rng.random(len(blank)) < 1 / self.oldest())
+        blank[anew] = self.model.initial_memory(int(anew.sum()))
 
     def save(self, figures: dict[str, object]) -> None:
         recipe = self.recipe

@@ -343,13 +343,13 @@ def test_batch_invariant_bits_are_those_of_a_stream(kind: str, alignment: str) -
 def test_the_batch_is_chosen_by_the_models_sizes() -> None:
     engine = engine_of()
     rows = 32  # 20 tokens and twice 4 memory tokens, padded
-    assert [slot_count.batch_size(engine, slots) for slots in (1, 5, 100)] == [1, 5, 256 // rows]
+    assert [slot_count.batch_size(engine, slots) for slots in (1, 5, 100)] == [1, 5, 512 // rows]
 
 
 @pytest.mark.parametrize(
     "ms, expected",
     [
-        ({1: 10, 2: 10, 4: 10, 8: 10}, 8),  # twice the slots for nothing, as long as there are any
+        ({1: 10, 2: 10, 4: 10, 8: 10, 16: 10}, 16),  # twice the slots for nothing, as long as there are any
         ({1: 10, 2: 20}, 1),  # no gain
         ({1: 10, 2: 12, 4: 23.9}, 2),
         ({1: 3000, 2: 1}, 1),  # a model so large is not measured for long
@@ -367,7 +367,7 @@ def test_slots_are_as_many_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(slot_count, "step_seconds", lambda engine, slots: 1e-3)
     plan = plan_memory(engine.config, engine.dtype)
     one = plan.step + max(plan.score, plan.answer) + plan.state
-    for free, expected in ((None, 8), (10 * one, 4), (5 * one, 2), (one // 2, 1)):
+    for free, expected in ((None, 16), (10 * one, 4), (5 * one, 2), (one // 2, 1)):
         monkeypatch.setattr(slot_count, "free_bytes", lambda device, free=free: free)
         assert slot_count.choose_slots(engine) == expected
 
