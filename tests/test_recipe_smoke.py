@@ -204,7 +204,8 @@ def test_half_of_the_states_are_disturbed_by_noise_and_half_by_others(recipes) -
 
 def test_what_states_took_worst_is_read_again(decoder: Path, recipes, tmp_path: Path) -> None:
     shutil.copytree(decoder / "training", tmp_path / "training", ignore=shutil.ignore_patterns("state.pt"))
-    recipe = replace(recipes.train_retrieval.FACTS, **{**recipes.train_retrieval.TINY, "hard": 2, "lived": 8, "blank_size": 4})
+    sizes = {**recipes.train_retrieval.TINY, "hard": 2, "lived": 8, "blank_size": 4}
+    recipe = replace(recipes.train_retrieval.FACTS, **sizes)
     trainer = recipes.train_retrieval.Trainer(recipe, tmp_path)
     pool, world = trainer.pool_states, recipes.facts_data.World().told((0, 1))
     for place in range(8):
