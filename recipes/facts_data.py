@@ -42,6 +42,13 @@ class World:
     def names(self) -> list[int]:
         return [name for name, room in enumerate(self.rooms) if room >= 0]
 
+    @property
+    def known_rooms(self) -> list[int]:
+        """Every room that somebody is in or that a link names."""
+        return [room for room in self.rooms if room >= 0] + [
+            room for near, _, far in self.links for room in (near, far)
+        ]
+
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +26,15 @@ class Pool:
         self.states: list[Lived | None] = [None] * size
 
     def draw(self, rng: np.random.Generator, count: int) -> list[int]:
-        """Up to `count` different places that hold a state."""
-        filled = np.array([i for i, state in enumerate(self.states) if state is not None], dtype=np.int64)
-        return [int(i) for i in rng.permutation(filled)[:count]]
+        """Up to `count` different places that hold a state, rather those with rooms that few states know: what is
+        forgotten most is what the pool holds least of."""
+        filled = [i for i, state in enumerate(self.states) if state is not None]
+        known = [self.at(i).world.known_rooms for i in filled]
+        often = Counter(room for rooms in known for room in rooms)
+        weights = np.array([np.mean([1 / often[room] for room in rooms]) for rooms in known])
+        count = min(count, len(filled))
+        chosen = rng.choice(len(filled), count, replace=False, p=weights / weights.sum()) if count else []
+        return [filled[i] for i in chosen]
 
     def at(self, place: int) -> Lived:
         state = self.states[place]

@@ -101,10 +101,10 @@ class Recipe:
     stages: tuple[Stage, ...] = ()
     pool: Stage = Stage(0, 117, 1)
     pool_rate: float = 1e-3
-    pool_steps: int = 3600
+    pool_steps: int = 4300
     pool_size: int = 192
     blank_size: int = 32
-    lived: int = 48  # states that read a segment without gradients, each step, and a third as many that are told news
+    lived: int = 96  # states that read a segment without gradients, each step, and a third as many that are told news
     hard: int = 5  # rows of a batch for the worst of them
     ages_double: float = 100  # steps in which states that know nothing grow twice as old, from 4 segments on
     memory_noise: float = 0.4
