@@ -3,6 +3,7 @@
     python recipes/train_retrieval.py --kind facts --out DIR     # a decoder that answers where Mary is
     python recipes/train_retrieval.py --kind links --out DIR     # a decoder that answers which room is furthest north
     python recipes/train_retrieval.py --kind encoder --out DIR   # a classifier with six labels, the rooms
+    python recipes/train_retrieval.py --kind facts --out DIR --from MODEL   # the pool alone, from a converted decoder
     python recipes/train_retrieval.py --kind facts --out DIR --smoke  # a few steps on a tiny corpus
 
 Writes `DIR/model_best/pytorch_model.bin` (the authors' names), `DIR/base/` (config, tokenizer) and `DIR/recipe.json`;
@@ -51,6 +52,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rmt_engine import checkpoint
 from rmt_engine.evaluation.facts import NAMES, ROOMS
 from rmt_engine.evaluation.noise import is_held_out, python_sources
 
@@ -148,6 +150,7 @@ LINKS = Recipe(
     pool=Stage(0, 112, 0, links=1.0, apart=0.6, distractors=0.15),
     pool_steps=3000,
     pool_rate=4e-4,
+    lived=48,
     linked=0.25,
 )
 ENCODER = Recipe(
@@ -162,13 +165,17 @@ TINY = {
 }  # fmt: skip
 
 
-def build_tokenizer_and_noise(recipe: Recipe) -> tuple[PreTrainedTokenizerFast, NoiseBank]:
+def build_tokenizer_and_noise(recipe: Recipe, source: Path | None) -> tuple[PreTrainedTokenizerFast, NoiseBank]:
+    """source: a folder whose tokenizer is taken."""
     texts = [content.decode() for content in python_sources() if not is_held_out(content)]
     if recipe.max_files:
         texts = sorted(texts, key=len)[len(texts) // 2 :][: recipe.max_files]
     rng = np.random.default_rng(recipe.data_seed)
     shown = [texts[i] for i in rng.permutation(len(texts))[: max(len(texts) // 2, 1)]]
-    tokenizer = train_tokenizer([*shown, *tokenizer_sentences()], recipe.vocab_size)
+    if source is not None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    else:
+        tokenizer = train_tokenizer([*shown, *tokenizer_sentences()], recipe.vocab_size)
     return tokenizer, NoiseBank(texts, tokenizer, recipe.data_seed)
 
 
@@ -306,7 +313,8 @@ def note(right: dict[str, float], kind: str, rows: Tensor, asked: Tensor, weight
 
 
 class Trainer:
-    def __init__(self, recipe: Recipe, out: Path) -> None:
+    def __init__(self, recipe: Recipe, out: Path, source: Path | None = None) -> None:
+        """source: a converted decoder of the recipe's sizes, from whose weights the pool goes on."""
         torch.manual_seed(recipe.seed)
         self.recipe, self.out, self.started = recipe, out, time.time()
         self.work = out / "training"
@@ -315,7 +323,7 @@ class Trainer:
             self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self.work)
             bank = NoiseBank.load(self.work / "noise.npz", self.tokenizer)
         else:
-            self.tokenizer, bank = build_tokenizer_and_noise(recipe)
+            self.tokenizer, bank = build_tokenizer_and_noise(recipe, source)
             self.tokenizer.save_pretrained(self.work)
             bank.save(self.work / "noise.npz")
         self.maker = EpisodeMaker(StatementWriter(self.tokenizer), bank, recipe.seed)
@@ -334,6 +342,8 @@ class Trainer:
         self.pool_steps_done = 0
         if (self.work / "state.pt").exists():
             self.resume()
+        elif source is not None:
+            self.go_on_from(source)
         log(event="start", step=self.step, noise_tokens=[len(b) for b in bank.banks], seconds=self.seconds())
 
     def seconds(self) -> float:
@@ -362,6 +372,19 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.maker.rng = np.random.default_rng([self.recipe.seed, self.step])
+
+    def go_on_from(self, source: Path) -> None:
+        weights = dict(checkpoint.load(source)[1])
+        if not isinstance(self.model, RecurrentDecoder) or "memory" not in weights:
+            raise ValueError(f"--from goes on from decoders; {source} or --kind is none")
+        state = {"memory_cell.memory": weights.pop("memory")}
+        state |= {f"memory_cell.model.{name}": value for name, value in weights.items()}
+        missing, strange = self.model.load_state_dict(state, strict=False)
+        if strange or set(missing) - {"memory_cell.model.lm_head.weight"}:  # the head is the embedding
+            raise ValueError(f"{source} has other parameters than --kind: {[*missing, *strange]}")
+        self.average = MovingAverage(self.model, self.recipe.average)
+        self.blank = self.model.initial_memory(self.recipe.blank_size).detach().clone()
+        self.stage = len(self.recipe.stages)
 
     def update(self, loss: Tensor, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -600,13 +623,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=RECIPES, default="facts")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="MODEL",
+        help="the pool goes on from this converted decoder's weights",
+    )
     parser.add_argument("--smoke", action="store_true", help="a few steps of a much smaller model on a few files")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--threads", type=int, default=1, help="1 is no slower than 2 where other work runs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipe = replace(RECIPES[arguments.kind], seed=arguments.seed, **(TINY if arguments.smoke else {}))
-    trainer = Trainer(recipe, arguments.out)
+    trainer = Trainer(recipe, arguments.out, arguments.source)
     trainer.curriculum()
     trainer.pool()
 

@@ -134,6 +134,23 @@ def test_a_run_that_was_cut_off_goes_on(decoder: Path, recipes) -> None:
     assert json.loads((decoder / "recipe.json").read_text())["figures"] == figures
 
 
+def test_the_pool_goes_on_from_a_converted_decoder(decoder: Path, recipes, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    convert(decoder / "model_best", model, decoder / "base", segment_size=112)
+    recipe = replace(recipes.train_retrieval.FACTS, **recipes.train_retrieval.TINY)
+    trainer = recipes.train_retrieval.Trainer(recipe, tmp_path / "more", model)
+    trained = torch.load(decoder / "model_best" / "pytorch_model.bin", weights_only=True)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+    assert torch.equal(trainer.blank[0], trained["memory_cell.memory"])
+    assert trainer.tokenizer.get_vocab() == transformers.AutoTokenizer.from_pretrained(decoder / "base").get_vocab()
+    trainer.curriculum()
+    assert trainer.step == 0  # nothing is left of it
+    links = replace(recipes.train_retrieval.LINKS, **{**recipes.train_retrieval.TINY, "layers": 3})
+    with pytest.raises(ValueError, match="other parameters than --kind"):
+        recipes.train_retrieval.Trainer(links, tmp_path / "links", model)
+
+
 def test_a_placed_statement_is_tokenized_as_in_joined_text(decoder: Path, recipes) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(decoder / "base")
     writer, rng = recipes.facts_data.StatementWriter(tokenizer), np.random.default_rng(0)
