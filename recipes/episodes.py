@@ -53,7 +53,6 @@ class EpisodeMaker:
     def __init__(self, writer: StatementWriter, bank: NoiseBank, seed: int) -> None:
         self.writer = writer
         self.bank = bank
-        self.asks_back = True
         bank.never = np.concatenate([bank.never, writer.answers])
         self.rng = np.random.default_rng(seed)
         self.distractors = [writer.statement(s) for s in distractor_sentences(np.random.default_rng(seed), 600)]
@@ -108,7 +107,7 @@ class EpisodeMaker:
 
     def _ask(self, row: Row, start: int, end: int, count: int) -> list[np.ndarray]:
         """The ids of answering segments: what is read, the question, the room and the end of the answer."""
-        questions = [] if row.cut_at(end) else self.writer.questions(row.known(end), self.asks_back)
+        questions = [] if row.cut_at(end) else self.writer.questions(row.known(end))
         chosen = [questions[i] for i in self.rng.permutation(len(questions))[:count]]
         return [np.concatenate([row.ids[start:end], question, [answer, self.bank.eos]]) for question, answer in chosen]
 

@@ -161,8 +161,7 @@ class StatementWriter:
         way = int(rng.integers(len(DIRECTIONS)))
         said = []
         for near, far in itertools.pairwise(rooms):
-            turned = rng.random() < share
-            said.append(self.links[(far, BACK[way], near) if turned else (near, way, far)])
+            said.append(self._told(rng, near, way, far, share))
         return [said[i] for i in rng.permutation(count)]
 
     def another_link(self, rng: np.random.Generator, link: tuple[int, int, int], share: float = 0.5) -> Statement:
@@ -170,9 +169,13 @@ class StatementWriter:
         near, way, far = link
         third = int(rng.choice([room for room in range(len(ROOMS)) if room not in (near, far)]))
         ahead, behind = (third, near) if rng.random() < 0.5 else (far, third)
-        return self.links[(behind, BACK[way], ahead) if rng.random() < share else (ahead, way, behind)]
+        return self._told(rng, ahead, way, behind, share)
 
-    def questions(self, world: World, back: bool = True) -> list[tuple[np.ndarray, int]]:
+    def _told(self, rng: np.random.Generator, near: int, way: int, far: int, share: float) -> Statement:
+        """A link, in a share of cases from its other end."""
+        return self.links[(far, BACK[way], near) if rng.random() < share else (near, way, far)]
+
+    def questions(self, world: World) -> list[tuple[np.ndarray, int]]:
         """Everything that can be asked, with the id of the answer: where each name is, which rooms end the line."""
         asked = [(self.asked_where[name], world.rooms[name]) for name in world.names]
         if world.links:
@@ -181,8 +184,7 @@ class StatementWriter:
             ahead, behind = ({pair[side] for pair in turned} for side in (0, 1))
             (first,), (last,) = ahead - behind, behind - ahead
             asked.append((self.asked_furthest[way], first))
-            if back:
-                asked.append((self.asked_furthest[BACK[way]], last))
+            asked.append((self.asked_furthest[BACK[way]], last))
         return [(question, int(self.answers[room])) for question, room in asked]
 
     def place(self, noise: np.ndarray, at: int, said: Statement, rng: np.random.Generator) -> tuple[int, np.ndarray]:

@@ -61,7 +61,7 @@ from rmt_engine.evaluation.noise import is_held_out, python_sources
 class Stage:
     """segments: as many at most are folded before the last; size: tokens of one; facts: as many names at most, `fewest`
     at least, but one in a share of `lone`; links: the share of rows with `chain` links in place of facts, of which
-    `turned` are told from the other end; back: asks for either end; again: how often a name's room changes; apart: how
+    `turned` are told from the other end; again: how often a name's room changes; apart: how
     often a second link is left for a later step; distractors: the share of rows with sentences that look like
     statements; enough: right answers, to go on; rate: times the curriculum's."""
 
@@ -73,7 +73,6 @@ class Stage:
     links: float = 0.0
     chain: int = 2
     turned: float = 0.5
-    back: bool = True
     again: float = 0.0
     apart: float = 0.0
     distractors: float = 0.25
@@ -437,7 +436,6 @@ class Trainer:
         rests = self.rests(stage.size) if not lengths or rng.random() < 0.3 else np.zeros(batch, dtype=np.int64)
         if not lengths:
             rests[:] = stage.size
-        self.maker.asks_back = stage.back
         total = sum(lengths) + stage.size
         rows = [
             self.maker.row(total, World(), self.news(lengths, int(rest), stage), stage.distractors) for rest in rests
@@ -517,7 +515,7 @@ class Trainer:
         worlds = [World() if place is None else pool.at(place).world for place in places]
         length = sum(lengths) + recipe.segment_size
         rows = []
-        for world, rest in zip(worlds, rests, strict=False):
+        for world, rest in zip(worlds, rests[: len(worlds)], strict=True):
             said = self.more_news(world, lengths, int(rest))
             rows.append(self.maker.row(length, world, said, recipe.pool.distractors))
         rows += [self.maker.read_on(one.row, length) for one in hard]
@@ -535,7 +533,7 @@ class Trainer:
         )
         reading = self.learner.read(memory, rows, lengths, rests)
         self.update(reading.loss, recipe.pool_rate * scale)
-        self.settle(reading, rows, places, sum(lengths))
+        self.settle(reading, rows[: len(places)], places, sum(lengths))  # hard ones stand behind, and stay out
         self.live_on(right)
         self.age_blank()
         for kind, part in (
@@ -553,8 +551,8 @@ class Trainer:
         worst."""
         recipe, rng, pool = self.recipe, self.maker.rng, self.pool_states
         known = pool.draw(rng, recipe.lived)
-        places: list[int | None] = [*known, *[None] * (recipe.lived // 3)]
         blank = self.blank[torch.from_numpy(rng.permutation(recipe.blank_size)[: recipe.lived // 3])]
+        places: list[int | None] = [*known, *[None] * len(blank)]
         memory = torch.stack([*(pool.at(place).memory for place in known), *blank])
         worlds = [*(pool.at(place).world for place in known), *[World()] * len(blank)]
         size = recipe.segment_size
@@ -584,7 +582,7 @@ class Trainer:
 
     def settle(self, reading: Reading, rows: list[Row], places: list[int | None], read: int) -> None:
         memory = reading.memory.detach()
-        for i, (row, place) in enumerate(zip(rows, places, strict=False)):  # hard ones stand behind, and stay out
+        for i, (row, place) in enumerate(zip(rows, places, strict=True)):
             if reading.asked[i] and not row.cut_at(read):
                 age = read if place is None else self.pool_states.at(place).age + read
                 state = Lived(memory[i].clone(), row.known(read), age)
