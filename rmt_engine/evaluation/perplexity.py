@@ -24,7 +24,7 @@ from rmt_engine.engine import Engine
 from rmt_engine.errors import InputError
 from rmt_engine.evaluation.cost import Load
 from rmt_engine.evaluation.intervals import bootstrap_mean
-from rmt_engine.evaluation.reading import OnStep
+from rmt_engine.evaluation.reading import OnStep, fold
 from rmt_engine.inputs import count_tokens, open_input
 from rmt_engine.layouts import Cut
 from rmt_engine.scoring import check_scorable
@@ -182,7 +182,7 @@ def _losses(engine: Engine, batch: Sequence[Target], segments: Sequence[int], on
     for count in segments:
         memory = engine.initial_memory(len(batch))
         for segment in range(before - count, before):
-            memory = engine.executor.fold(ids[:, segment * size : (segment + 1) * size], memory)
+            memory = fold(engine, ids[:, segment * size : (segment + 1) * size], memory)
             on_step(size * len(batch))
         another = memory.roll(max(len(batch) // 2, 1), 0)  # in one text, the target furthest away
         columns.append(np.stack([_nll(engine, last, memory), reset, _nll(engine, last, another)], axis=1))
