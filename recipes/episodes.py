@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -55,12 +56,14 @@ class EpisodeMaker:
         self.bank = bank
         bank.never = np.concatenate([bank.never, writer.answers])
         self.rng = np.random.default_rng(seed)
+        self.feared: deque[np.ndarray] = deque(maxlen=512)  # noise that some memory state took badly
+        self.fear = 0.0  # how often it is read again
         self.distractors = [writer.statement(s) for s in distractor_sentences(np.random.default_rng(seed), 600)]
 
     def row(self, length: int, world: World, said: Sequence[tuple[int, Statement]], distracted: float = 0.0) -> Row:
         """Noise of `length` tokens with statements at the wanted positions; a share of `distracted` also has sentences
         that look like facts and say nothing."""
-        row = Row(self.bank.sample(self.rng, length), world)
+        row = Row(self._noise(length), world)
         if self.rng.random() < distracted:
             for _ in range(int(self.rng.integers(1, 4))):
                 sentence = self.distractors[int(self.rng.integers(len(self.distractors)))]
@@ -68,6 +71,12 @@ class EpisodeMaker:
         for position, statement in sorted(said, key=lambda one: -one[0]):
             self._insert(row, position, statement)
         return row
+
+    def _noise(self, length: int) -> np.ndarray:
+        if not self.feared or self.rng.random() >= self.fear:
+            return self.bank.sample(self.rng, length)
+        ids = self.feared[int(self.rng.integers(len(self.feared)))][:length]
+        return np.concatenate([ids, self.bank.sample(self.rng, length - len(ids))]) if len(ids) < length else ids
 
     def read_on(self, row: Row, length: int) -> Row:
         """A row with noise behind it, or as much of it as `length` tokens hold."""

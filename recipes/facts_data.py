@@ -43,11 +43,10 @@ class World:
         return [name for name, room in enumerate(self.rooms) if room >= 0]
 
     @property
-    def known_rooms(self) -> list[int]:
-        """Every room that somebody is in or that a link names."""
-        return [room for room in self.rooms if room >= 0] + [
-            room for near, _, far in self.links for room in (near, far)
-        ]
+    def known(self) -> list[tuple[int, ...]]:
+        """Who is where, and which room a link puts how."""
+        facts = [(name, self.rooms[name]) for name in self.names]
+        return facts + [(way, *pair) for near, way, far in self.links for pair in ((0, near), (1, far))]
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer

@@ -26,12 +26,12 @@ class Pool:
         self.states: list[Lived | None] = [None] * size
 
     def draw(self, rng: np.random.Generator, count: int) -> list[int]:
-        """Up to `count` different places that hold a state, rather those with rooms that few states know: what is
+        """Up to `count` different places that hold a state, rather those that know what few states do: what is
         forgotten most is what the pool holds least of."""
         filled = [i for i, state in enumerate(self.states) if state is not None]
-        known = [self.at(i).world.known_rooms for i in filled]
-        often = Counter(room for rooms in known for room in rooms)
-        weights = np.array([np.mean([1 / often[room] for room in rooms]) for rooms in known])
+        known = [self.at(i).world.known for i in filled]
+        often = Counter(fact for facts in known for fact in facts)
+        weights = np.array([np.mean([1 / often[fact] for fact in facts]) for facts in known])
         count = min(count, len(filled))
         chosen = rng.choice(len(filled), count, replace=False, p=weights / weights.sum()) if count else []
         return [filled[i] for i in chosen]

@@ -14,7 +14,8 @@ Writes `DIR/model_best/pytorch_model.bin` (the authors' names), `DIR/base/` (con
    more segments of noise with gradients and asks after each. A state that still answers goes back, so training sees
    ever older states; a second pool of states that have read nothing but noise supplies old memories into which
    something is then written. Between two steps many states read a segment without gradients: those that then answer
-   worst read it once more in the next step. Forgetting is rare, and what is learned about it is learned there.
+   worst read it once more in the next step, and what they read is read by others too. Forgetting is rare, and what is
+   learned about it is learned there.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class Recipe:
     blank_size: int = 32
     lived: int = 96  # states that read a segment without gradients, each step, and a third as many that are told news
     hard: int = 5  # rows of a batch for the worst of them
+    fear: float = 0.2  # how often noise is some that one of those took badly
     ages_double: float = 100  # steps in which states that know nothing grow twice as old, from 4 segments on
     memory_noise: float = 0.4
     memory_mix: float = 0.25
@@ -481,6 +483,7 @@ class Trainer:
     def pool(self) -> None:
         recipe = self.recipe
         right: dict[str, float] = {}
+        self.maker.fear = recipe.fear
         if not self.pool_steps_done:  # the curriculum's rate shakes the weights: their average is the better start
             self.model.load_state_dict(self.average.values, strict=False)
         while self.pool_steps_done < recipe.pool_steps:
@@ -563,6 +566,8 @@ class Trainer:
             note(right, kind, reading.right[part], reading.asked[part], 0.01)
         for i in reading.loss.topk(min(recipe.hard, len(rows))).indices.tolist():
             self.hard.append(Hard(memory[i], rows[i]))
+            if not rows[i].said:
+                self.maker.feared.append(rows[i].ids)
 
     def more_news(self, world: World, lengths: list[int], rest: int) -> list[tuple[int, Statement]]:
         """Always something where nothing is known yet; now and then another or a changed fact, or the second link."""
@@ -630,10 +635,14 @@ def main() -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="a few steps of a much smaller model on a few files")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--pool-steps", type=int, metavar="N", help="in place of the recipe's")
+    parser.add_argument("--pool-rate", type=float, metavar="RATE", help="learning rate, in place of the recipe's")
     parser.add_argument("--threads", type=int, default=1, help="1 is no slower than 2 where other work runs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipe = replace(RECIPES[arguments.kind], seed=arguments.seed, **(TINY if arguments.smoke else {}))
+    given = {name: value for name in ("pool_steps", "pool_rate") if (value := getattr(arguments, name)) is not None}
+    recipe = replace(recipe, **given)
     trainer = Trainer(recipe, arguments.out, arguments.source)
     trainer.curriculum()
     trainer.pool()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rmt_engine.stream import Stream
 
 Output = Literal["last", "all", "none"]
-EMBEDDED = Path(__file__).parent / "embedded" / "retrieval"
+EMBEDDED = Path(__file__).parent / "embedded" / "people"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_LOGITS_BYTES = 4 << 30  # what `output="all"` may hold; more belongs to `Engine.segments`
 

@@ -344,7 +344,7 @@ def test_an_input_has_the_same_bits_alone_and_in_a_batch(kind: str) -> None:
 
 def test_without_padded_rows_the_bits_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two tests above can fail."""
-    monkeypatch.setattr(cpu_linear, "OURS", ())  # our own kernel needs no padding
+    monkeypatch.setattr(cpu_linear, "LARGEST_OF_OURS", {})  # our own kernel needs no padding
     monkeypatch.setattr(cpu_linear, "ROW_MULTIPLE", 1)
     monkeypatch.setattr(layouts, "ROW_MULTIPLE", 1)
     if not (rows_that_differ_alone("gpt2") and rows_that_differ_alone("llama")):

@@ -1,12 +1,14 @@
 """A linear layer planned for a CPU, the floor under every CPU op that multiplies by weights.
 
-Two ways, chosen when it is planned (`plan_linear`): our own kernel where the CPU has AVX2 and nothing wider, in fp32
-(oneDNN reaches two thirds of its speed there, and its GELU costs as much again: docs/perf_log.md), and for dtypes that
-the CPU has no instructions for, whose products are then taken in fp32 and rounded once; else oneDNN.
+Two ways, chosen when it is planned (`plan_linear`): our own kernel in fp32 where it is the faster one (with AVX2
+alone, where oneDNN reaches two thirds of its speed and its GELU costs as much again; with AVX-512 for small weights,
+where a call costs less: docs/perf_log.md), and for dtypes that the CPU has no instructions for, whose products are then taken in
+fp32 and rounded once; else oneDNN.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -28,7 +30,8 @@ FUSED = {
     "tanh": ("tanh", ""),
 }
 ROW_MULTIPLE = 16  # fewer rows would take another GEMM path of oneDNN and give other bits
-OURS = ("avx2",)  # the widest instruction sets of a CPU for which our kernel is known to be the faster one
+# Elements of the largest fp32 weight for which ours is the faster one, by the widest instructions of the CPU.
+LARGEST_OF_OURS = {"avx2": math.inf, "avx512": 2**19}
 
 
 class CPULinear(Protocol):
@@ -42,7 +45,8 @@ class CPULinear(Protocol):
 def plan_linear(layer: Linear, activation: str = "none", norm: Norm | None = None) -> CPULinear:
     """act(norm(x) Wᵀ + b), on whichever is faster here."""
     dtype = layer.weight.dtype
-    if not has_instructions(dtype) or (dtype == torch.float32 and _cpu.instruction_sets()[0] in OURS):
+    largest = LARGEST_OF_OURS.get(_cpu.instruction_sets()[0], 0) if dtype == torch.float32 else 0
+    if not has_instructions(dtype) or layer.weight.numel() <= largest:
         return NativeLinear(layer, activation, norm)
     return OneDNNLinear(layer, activation, norm)
 
