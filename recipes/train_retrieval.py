@@ -150,8 +150,10 @@ LINKS = Recipe(
     ),
     pool=Stage(0, 112, 0, links=1.0, apart=0.6, distractors=0.15),
     pool_steps=3000,
-    pool_rate=4e-4,
+    pool_rate=3e-4,
     lived=48,
+    hard=3,
+    fear=0.0,
     linked=0.25,
 )
 ENCODER = Recipe(
@@ -243,11 +245,11 @@ class Decoder:
         return Reading(torch.stack(losses).mean(), memory, right, asked)
 
     def live(self, memory: Tensor, rows: list[Row]) -> Reading:
-        """One segment, and a question after it; the losses are those of each row [B]."""
+        """One segment, and questions after it; the losses are those of each row [B]."""
         ids = torch.from_numpy(np.stack([row.ids for row in rows]).astype(np.int64))
         memory = self.model.fold(memory, ids)
         nothing = np.zeros(len(rows), dtype=np.int64)
-        loss, right, asked = self._ask(memory, rows, ids.shape[1], nothing, 1)
+        loss, right, asked = self._ask(memory, rows, ids.shape[1], nothing, self.questions)
         return Reading(loss, memory, right, asked)
 
     def _ask(

@@ -2,8 +2,8 @@
 
 Two ways, chosen when it is planned (`plan_linear`): our own kernel in fp32 where it is the faster one (with AVX2
 alone, where oneDNN reaches two thirds of its speed and its GELU costs as much again; with AVX-512 for small weights,
-where a call costs less: docs/perf_log.md), and for dtypes that the CPU has no instructions for, whose products are then taken in
-fp32 and rounded once; else oneDNN.
+where a call costs less: docs/perf_log.md), and for dtypes that the CPU has no instructions for, whose products are then
+taken in fp32 and rounded once; else oneDNN.
 """
 
 from __future__ import annotations
