@@ -42,7 +42,7 @@ from facts_data import (
     tokenizer_sentences,
     train_tokenizer,
 )
-from pool import Hard, Lived, Pool, disturbed
+from pool import Centres, Hard, Lived, Pool, disturbed
 from rmt_training import MovingAverage, RecurrentDecoder, RecurrentEncoder, log, save_checkpoint, save_whole
 from torch import Tensor
 from torch.nn import functional as F
@@ -112,6 +112,7 @@ class Recipe:
     ages_double: float = 100  # steps in which states that know nothing grow twice as old, from 4 segments on
     memory_noise: float = 0.4
     memory_mix: float = 0.25
+    pull: float = 0.3  # weight of the distance of states from the centre of those that know the same
     later: float = 0.05  # how often a row that knows facts reads one more
     linked: float = 0.1  # how often a row that knows one link reads the second
     cut: float = 0.3  # how often a statement is put where a border may cut it
@@ -150,10 +151,11 @@ LINKS = Recipe(
     ),
     pool=Stage(0, 112, 0, links=1.0, apart=0.6, distractors=0.15),
     pool_steps=3000,
-    pool_rate=3e-4,
+    pool_rate=4e-4,
     lived=48,
     hard=3,
     fear=0.0,
+    pull=1.0,
     linked=0.25,
 )
 ENCODER = Recipe(
@@ -341,6 +343,7 @@ class Trainer:
         self.step, self.stage = 0, 0
         self.pool_states = Pool(recipe.pool_size)
         self.hard: list[Hard] = []
+        self.centres = Centres()
         self.blank = self.model.initial_memory(recipe.blank_size).detach().clone()
         self.pool_steps_done = 0
         if (self.work / "state.pt").exists():
@@ -537,8 +540,12 @@ class Trainer:
             ]
         )
         reading = self.learner.read(memory, rows, lengths, rests)
-        self.update(reading.loss, recipe.pool_rate * scale)
-        self.settle(reading, rows[: len(places)], places, sum(lengths))  # hard ones stand behind, and stay out
+        read = sum(lengths)
+        known = [None if row.cut_at(read) else row.known(read).answers for row in rows]
+        apart = self.centres.pull(reading.memory, known)
+        right["apart"] = 0.97 * right.get("apart", float(apart.detach())) + 0.03 * float(apart.detach())
+        self.update(reading.loss + recipe.pull * apart, recipe.pool_rate * scale)
+        self.settle(reading, rows[: len(places)], places, read)  # hard ones stand behind, and stay out
         self.live_on(right)
         self.age_blank()
         for kind, part in (
@@ -564,6 +571,8 @@ class Trainer:
         rows = [self.maker.row(size, w, self.more_news(w, [size], 0), recipe.pool.distractors) for w in worlds]
         reading = self.learner.live(memory, rows)
         self.settle(reading, rows, places, size)
+        for i in (reading.right & ~torch.tensor([row.cut_at(size) for row in rows])).nonzero().flatten().tolist():
+            self.centres.update(rows[i].known(size).answers, reading.memory[i])
         for kind, part in (("lived", slice(0, len(known))), ("told", slice(len(known), None))):
             note(right, kind, reading.right[part], reading.asked[part], 0.01)
         for i in reading.loss.topk(min(recipe.hard, len(rows))).indices.tolist():
@@ -601,6 +610,8 @@ class Trainer:
         rng, blank, recipe = self.maker.rng, self.blank, self.recipe
         rows = [self.maker.row(recipe.segment_size, World(), [], recipe.pool.distractors).ids for _ in blank]
         blank[:] = self.model.fold(blank, torch.from_numpy(np.stack(rows).astype(np.int64)))
+        for state in blank:
+            self.centres.update(World().answers, state)
         anew = torch.from_numpy(rng.random(len(blank)) < 1 / self.oldest())
         blank[anew] = self.model.initial_memory(int(anew.sum()))
 
