@@ -43,14 +43,15 @@ class World:
         return [name for name, room in enumerate(self.rooms) if room >= 0]
 
     @property
-    def answers(self) -> tuple[object, ...]:
-        """What can be asked, as far as it tells worlds apart: where everyone is, and the ends of a line of links."""
+    def answers(self) -> tuple[int, ...]:
+        """What tells worlds apart when they are asked: where everyone is, or which rooms end a line of links, the eastern
+        or northern one first."""
         if not self.links:
             return self.rooms
-        way = min(self.links[0][1], BACK[self.links[0][1]])
-        turned = [(x, y) if d == way else (y, x) for x, d, y in self.links]
+        eastern = min(self.links[0][1], BACK[self.links[0][1]])
+        turned = [(x, y) if way == eastern else (y, x) for x, way, y in self.links]
         ahead, behind = ({pair[side] for pair in turned} for side in (0, 1))
-        return (self.rooms, len(self.links), way, *(ahead - behind), *(behind - ahead))
+        return (*(ahead - behind), *(behind - ahead))
 
     @property
     def known(self) -> list[tuple[int, ...]]:

@@ -29,6 +29,7 @@ from rmt_engine.bench.results import FAILED, LEFT_OUT, MEASURED, Report, Result,
 from rmt_engine.bench.session import Limits, Session, relative_error
 from rmt_engine.bench.setup import BACKBONES, Setup, named_config, random_weights, write_random
 from rmt_engine.bench.timing import interleaved, ms_at_ends, plan
+from rmt_engine.checkpoint.conversion import write_folder
 from rmt_engine.cli import main, parser
 from rmt_engine.engine import Engine
 from rmt_engine.errors import BackendError
@@ -250,6 +251,18 @@ def test_what_would_fill_the_memory_is_left_out(
     assert "it would hold" in row.results[1].reason
 
 
+def test_full_attention_has_no_positions_that_memory_could_not_fill(
+    tmp_path: Path, tiny_gpt2: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "gpt2"
+    write_folder(folder, tiny_gpt2.rmt_config(20), tiny_gpt2.weights())
+    made = _session(folder, tmp_path, "full-attention", longest=1_000_000_000)
+    monkeypatch.setattr(session, "_available", lambda device: 1 << 20)
+    short, long = (made.stream(tokens, 1, Limits(1, 100, False)) for tokens in (90, 1_000_000))
+    assert [result.status for result in short.results] == [MEASURED, MEASURED]
+    assert long.results[1].status == LEFT_OUT
+
+
 def test_memory_is_that_of_another_process(decoder_folder: Path) -> None:
     here = torch.ones(300 << 20)  # 1.2 GiB of this process
     found = peak_memory(Setup(str(decoder_folder), device="cpu", threads=1), ENGINE, 1, 50)
@@ -401,14 +414,12 @@ def test_the_record_names_command_and_versions(monkeypatch: pytest.MonkeyPatch) 
 # ------------------------------------------------------------------------------------------------- helpers
 
 
-def _session(folder: Path, tmp_path: Path, *against: str) -> Session:
+def _session(folder: Path, tmp_path: Path, *against: str, longest: int = 500) -> Session:
     setup = Setup(str(folder), device="cpu", dtype="float32", threads=1)
-    return Session(setup, "tiny", against, 500, tmp_path)
+    return Session(setup, "tiny", against, longest, tmp_path)
 
 
 def _untokenized(tmp_path: Path, tiny: TinyCheckpoint) -> Session:
-    from rmt_engine.checkpoint.conversion import write_folder
-
     weights: dict[str, Tensor] = tiny.weights()
     write_folder(tmp_path / "plain", tiny.rmt_config(20), weights)
     return _session(tmp_path / "plain", tmp_path)

@@ -67,7 +67,10 @@ class Session:
 
     def _reader(self, name: str) -> Reader:
         if name not in self.readers:
-            self.readers[name] = reader(name, self.setup, self.loaded, self.folder, self.longest)
+            longest, held, free = self.longest, self._bytes(name, self.longest, 1), _available(self.device)
+            if held > free:  # such a text is left out: no positions for it either
+                longest = max(longest * free // held, self.prefix)
+            self.readers[name] = reader(name, self.setup, self.loaded, self.folder, longest)
         return self.readers[name]
 
     @property
