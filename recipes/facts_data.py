@@ -44,8 +44,8 @@ class World:
 
     @property
     def answers(self) -> tuple[int, ...]:
-        """What tells worlds apart when they are asked: where everyone is, or which rooms end a line of links, the eastern
-        or northern one first."""
+        """What tells worlds apart when they are asked: where everyone is, or which rooms end a line of links, the
+        northern or eastern one first."""
         if not self.links:
             return self.rooms
         eastern = min(self.links[0][1], BACK[self.links[0][1]])

@@ -11,11 +11,11 @@ Writes `DIR/model_best/pytorch_model.bin` (the authors' names), `DIR/base/` (con
 
 1. Curriculum: stages of more statements, longer segments and more of them, from the initial memory, each until learned.
 2. Pool: memory states that live on. Each step takes most of its batch from a pool, disturbs half of them, reads 1 to 3
-   more segments of noise with gradients and asks after each. A state that still answers goes back, so training sees
-   ever older states; a second pool of states that have read nothing but noise supplies old memories into which
-   something is then written. Between two steps many states read a segment without gradients: those that then answer
-   worst read it once more in the next step, and what they read is read by others too. Forgetting is rare, and what is
-   learned about it is learned there.
+   more segments of noise with gradients and asks after each. Between two steps many states read a segment without
+   gradients, with the averaged weights. Those that still answer go back, so training sees ever older states; a second
+   pool of states that have read nothing but noise supplies old memories into which something is then written. Those
+   that answer worst read their segment once more in the next step, and what they read is read by others too:
+   forgetting is rare, and what is learned about it is learned there.
 """
 
 from __future__ import annotations
@@ -151,11 +151,9 @@ LINKS = Recipe(
     ),
     pool=Stage(0, 112, 0, links=1.0, apart=0.6, distractors=0.15),
     pool_steps=3000,
-    pool_rate=4e-4,
-    lived=48,
+    pool_rate=2e-4,
+    lived=96,
     hard=3,
-    fear=0.0,
-    pull=1.0,
     linked=0.25,
 )
 ENCODER = Recipe(
@@ -389,6 +387,7 @@ class Trainer:
         if strange or set(missing) - {"memory_cell.model.lm_head.weight"}:  # the head is the embedding
             raise ValueError(f"{source} has other parameters than --kind: {[*missing, *strange]}")
         self.average = MovingAverage(self.model, self.recipe.average)
+        self.average.steps = round(10 / (1 - self.recipe.average))  # the source is an average already
         self.blank = self.model.initial_memory(self.recipe.blank_size).detach().clone()
         self.stage = len(self.recipe.stages)
 
@@ -545,9 +544,9 @@ class Trainer:
         apart = self.centres.pull(reading.memory, known)
         right["apart"] = 0.97 * right.get("apart", float(apart.detach())) + 0.03 * float(apart.detach())
         self.update(reading.loss + recipe.pull * apart, recipe.pool_rate * scale)
-        self.settle(reading, rows[: len(places)], places, read)  # hard ones stand behind, and stay out
-        self.live_on(right)
-        self.age_blank()
+        with self.average.applied(self.model):  # its states last; those of the restless weights would not
+            self.live_on(right)
+            self.age_blank()
         for kind, part in (
             ("fresh", slice(0, n_fresh)),
             ("blank", slice(n_fresh, n_fresh + n_blank)),
