@@ -94,9 +94,24 @@ def long_figure(name: str) -> Figure:
     return figure
 
 
-def context_figure(names: Sequence[str]) -> Figure:
-    """Seconds and memory over the length of one stream beside the baselines, log-log."""
+def alone(name: str) -> list[Row]:
+    """A result of `length.py` as rows of the engine."""
+    data = json.loads((HERE / "results" / name).read_text(encoding="utf-8"))
+    return [
+        {
+            "tokens": row["tokens"],
+            "results": [{"name": "rmt-engine", "median": row["seconds"], "memory": row["rss_anon_late"]}],
+        }
+        for row in data["rows"]
+    ]
+
+
+def context_figure(names: Sequence[str], longer: str) -> Figure:
+    """Seconds and memory over the length of one stream beside the baselines, log-log. longer: a result of `length.py`,
+    for lengths at which the engine was measured alone."""
     rows = [row for row in rows_of(names, "tokens") if row["batch"] == 1]
+    longest = max(row["tokens"] for row in rows for result in row["results"] if result["median"])
+    rows += [row for row in alone(longer) if row["tokens"] > longest]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     for reader in LOOKS:
         curve(left, rows, reader, "tokens", median)
@@ -141,13 +156,13 @@ def share_figure(files: dict[str, Sequence[str]]) -> Figure:
         axes.bar_label(bars, [f"{value:.0f}" for value in values], color=GREY, fontsize=8)
     axes.set_xticks([i + (len(readers) - 1) * wide / 2 for i in range(len(rows))], list(rows))
     axes.set_ylim(0, 100)
-    plain(axes, "", "share of the floor, %")
+    plain(axes, "", "share of the floor in fp32, %")
     legend(figure, axes)
     return figure
 
 
 def segment_row(names: Sequence[str]) -> Row:
-    return next(row for row in rows_of(names, "segment") if row["batch"] == 1)
+    return next(row for row in rows_of(names, "segment") if row["batch"] == 1 and row["dtype"] == "float32")
 
 
 def shares(row: Row) -> dict[str, float]:
@@ -182,7 +197,7 @@ def main() -> None:
     embedded, gpt2 = ["bench_embedded_cpu.json"], ["bench_gpt2_cpu.json"]
     figures = {
         "length": long_figure("length_cpu.json"),
-        "context": context_figure(embedded),
+        "context": context_figure(embedded, "length_cpu.json"),
         "batch": batch_figure(["bench_embedded_batch_cpu.json"]),
         "floor": share_figure({"embedded checkpoint\n(128 wide)": embedded, "GPT-2 small\n(768 wide)": gpt2}),
     }
