@@ -43,15 +43,15 @@ class World:
         return [name for name, room in enumerate(self.rooms) if room >= 0]
 
     @property
-    def answers(self) -> tuple[int, ...]:
-        """What tells worlds apart when they are asked: where everyone is, or which rooms end a line of links, the
-        northern or eastern one first."""
+    def answers(self) -> tuple[object, ...]:
+        """What tells worlds apart when they are asked: where everyone is; how many links there are, on which line, and
+        which rooms end it."""
         if not self.links:
             return self.rooms
-        eastern = min(self.links[0][1], BACK[self.links[0][1]])
-        turned = [(x, y) if way == eastern else (y, x) for x, way, y in self.links]
+        forward = min(self.links[0][1], BACK[self.links[0][1]])
+        turned = [(x, y) if way == forward else (y, x) for x, way, y in self.links]
         ahead, behind = ({pair[side] for pair in turned} for side in (0, 1))
-        return (*(ahead - behind), *(behind - ahead))
+        return (self.rooms, len(self.links), forward, *(ahead - behind), *(behind - ahead))
 
     @property
     def known(self) -> list[tuple[int, ...]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
+from rmt_engine.bench.record import about
 from rmt_engine.engine import Engine
 from rmt_engine.evaluation import babilong, cost, drift, perplexity, plots, report, retrieval
 from rmt_engine.evaluation.answers import way_of
@@ -20,6 +22,7 @@ MakeEngine = Callable[[argparse.Namespace], Engine]
 def run(options: argparse.Namespace, make_engine: MakeEngine) -> int:
     """`rmt-engine eval KIND`. make_engine: builds the engine that the options name."""
     kinds = {"retrieval": _retrieval, "drift": _drift, "babilong": _babilong, "perplexity": _perplexity}
+    _process()
     try:
         return kinds[options.kind](options, make_engine)
     except KeyboardInterrupt:
@@ -168,7 +171,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+@cache
+def _process() -> dict[str, Any]:
+    """Command, commit, machine and versions, as they were when it was asked first."""
+    return about()
+
+
 def _about(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
     """What a result was measured with, as JSON says it."""
     kept = {name: value for name, value in vars(options).items() if name not in ("command", "output", "plot")}
-    return {**kept, "dtype": str(engine.dtype).removeprefix("torch."), "device": engine.device.type}
+    return {**_process(), **kept, "dtype": str(engine.dtype).removeprefix("torch."), "device": engine.device.type}

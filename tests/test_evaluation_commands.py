@@ -58,6 +58,8 @@ def test_retrieval(noise: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_retrieval_as_json(noise: Path, capsys: pytest.CaptureFixture[str], answer: str) -> None:
     assert _retrieval(noise, "--json", "--facts", 2, "--answer", answer, "--seed", 3) == 0
     result = json.loads(capsys.readouterr().out)
+    assert result["commit"] is None or len(result["commit"]) >= 40
+    assert result["command"] and result["machine"] and result["versions"]["torch"]
     assert [(cell["task"], cell["facts"], cell["tokens"], cell["trials"]) for cell in result["cells"]] == [
         ("detect", 2, 600, 2),
         ("detect", 2, 896, 2),
