@@ -112,6 +112,7 @@ class Recipe:
     ages_double: float = 100  # steps in which states that know nothing grow twice as old, from 4 segments on
     memory_noise: float = 0.4
     memory_mix: float = 0.25
+    noise_grows: int = 1000  # steps of the pool until both are reached
     pull: float = 0.3  # weight of the distance of states from the centre of those that know the same
     later: float = 0.05  # how often a row that knows facts reads one more
     linked: float = 0.1  # how often a row that knows one link reads the second
@@ -151,9 +152,10 @@ LINKS = Recipe(
     ),
     pool=Stage(0, 112, 0, links=1.0, apart=0.6, distractors=0.15),
     pool_steps=3000,
-    pool_rate=2e-4,
+    pool_rate=3e-4,
     lived=96,
     hard=3,
+    noise_grows=200,
     linked=0.25,
 )
 ENCODER = Recipe(
@@ -227,12 +229,15 @@ class Decoder:
         self.base_config = json.loads(backbone.config.to_json_string(use_diff=False))
         self.model = RecurrentDecoder(backbone, recipe.memory_tokens)
         self.maker, self.questions = maker, recipe.questions
+        self.noise = 0.0  # of memory states, between the segments of a batch
 
     def read(self, memory: Tensor, rows: list[Row], lengths: list[int], rests: np.ndarray) -> Reading:
         texts = torch.from_numpy(np.stack([row.ids for row in rows]).astype(np.int64))
         nothing, position, losses = np.zeros_like(rests), 0, []
         right = asked = torch.zeros(len(rows), dtype=torch.bool)
         for length in lengths:
+            if position:
+                memory = disturbed(memory, self.noise, 0.0)
             memory = self.model.fold(memory, texts[:, position : position + length])
             position += length
             loss, right, asked = self._ask(memory, rows, position, nothing, self.questions)
@@ -271,11 +276,14 @@ class Encoder:
         self.base_config = json.loads(backbone.config.to_json_string(use_diff=False))
         self.model = RecurrentEncoder(backbone, recipe.memory_tokens, tokenizer.cls_token_id, tokenizer.sep_token_id)
         self.maker = maker
+        self.noise = 0.0  # of memory states, between the segments of a batch
 
     def read(self, memory: Tensor, rows: list[Row], lengths: list[int], rests: np.ndarray) -> Reading:
         losses, position = [], 0
         right = asked = torch.zeros(len(rows), dtype=torch.bool)
         for length in lengths:
+            if position:
+                memory = disturbed(memory, self.noise, 0.0)
             loss, memory, right, asked = self._segment(memory, rows, position, position + length)
             position += length
             losses.append(loss.sum())
@@ -528,8 +536,9 @@ class Trainer:
         rows += [self.maker.read_on(one.row, length) for one in hard]
         blank = self.blank[torch.from_numpy(rng.permutation(recipe.blank_size)[:n_blank])]
         lived = torch.stack([pool.at(place).memory for place in old]) if old else blank[:0]
-        strong = min(1.0, self.pool_steps_done / 1000)
+        strong = min(1.0, self.pool_steps_done / recipe.noise_grows)
         noise, mix = strong * recipe.memory_noise, strong * recipe.memory_mix
+        self.learner.noise = noise
         memory = torch.cat(
             [
                 self.model.initial_memory(n_fresh),
