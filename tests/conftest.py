@@ -1,3 +1,4 @@
+import signal
 import sys
 from pathlib import Path
 
@@ -6,6 +7,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # reference.py and checkpoints_f
 import pytest
 import torch
 from checkpoints_for_tests import TinyCheckpoint, save_base, save_trainer_dict, tiny_decoder, tiny_encoder
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; some tests send it and wait for it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings, most of all on a busy machine
 
