@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -114,16 +112,6 @@ class MovingAverage:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, value in _floats(model).items():
             self.values[name].lerp_(value, 1 - decay)
-
-    @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averages for as long as the context lasts."""
-        own = {name: value.detach().clone() for name, value in _floats(model).items()}
-        model.load_state_dict(self.values, strict=False)
-        try:
-            yield
-        finally:
-            model.load_state_dict(own, strict=False)
 
 
 def _floats(model: nn.Module) -> dict[str, Tensor]:

@@ -11,11 +11,11 @@ Writes `DIR/model_best/pytorch_model.bin` (the authors' names), `DIR/base/` (con
 
 1. Curriculum: stages of more statements, longer segments and more of them, from the initial memory, each until learned.
 2. Pool: memory states that live on. Each step takes most of its batch from a pool, disturbs half of them, reads 1 to 3
-   more segments of noise with gradients and asks after each. Between two steps many states read a segment without
-   gradients, with the averaged weights. Those that still answer go back, so training sees ever older states; a second
-   pool of states that have read nothing but noise supplies old memories into which something is then written. Those
-   that answer worst read their segment once more in the next step, and what they read is read by others too:
-   forgetting is rare, and what is learned about it is learned there.
+   more segments of noise with gradients and asks after each. A state that still answers goes back, so training sees
+   ever older states; a second pool of states that have read nothing but noise supplies old memories into which
+   something is then written. Between two steps many states read a segment without gradients: those that then answer
+   worst read it once more in the next step, and what they read is read by others too. Forgetting is rare, and what is
+   learned about it is learned there.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ class Recipe:
     memory_noise: float = 0.4
     memory_mix: float = 0.25
     noise_grows: int = 1000  # steps of the pool until both are reached
-    pull: float = 0.3  # weight of the distance of states from the centre of those that know the same
+    noise_between: float = 0.0  # how much of that noise memory states get between the segments of a batch
+    pull: float = 0.0  # weight of the distance of states from the centre of those that know the same
     later: float = 0.05  # how often a row that knows facts reads one more
     linked: float = 0.1  # how often a row that knows one link reads the second
     cut: float = 0.3  # how often a statement is put where a border may cut it
@@ -156,6 +157,8 @@ LINKS = Recipe(
     lived=96,
     hard=3,
     noise_grows=200,
+    noise_between=1.0,
+    pull=0.3,
     linked=0.25,
 )
 ENCODER = Recipe(
@@ -538,7 +541,7 @@ class Trainer:
         lived = torch.stack([pool.at(place).memory for place in old]) if old else blank[:0]
         strong = min(1.0, self.pool_steps_done / recipe.noise_grows)
         noise, mix = strong * recipe.memory_noise, strong * recipe.memory_mix
-        self.learner.noise = noise
+        self.learner.noise = recipe.noise_between * noise
         memory = torch.cat(
             [
                 self.model.initial_memory(n_fresh),
@@ -553,9 +556,9 @@ class Trainer:
         apart = self.centres.pull(reading.memory, known)
         right["apart"] = 0.97 * right.get("apart", float(apart.detach())) + 0.03 * float(apart.detach())
         self.update(reading.loss + recipe.pull * apart, recipe.pool_rate * scale)
-        with self.average.applied(self.model):  # its states last; those of the restless weights would not
-            self.live_on(right)
-            self.age_blank()
+        self.settle(reading, rows[: len(places)], places, read)  # hard ones stand behind, and stay out
+        self.live_on(right)
+        self.age_blank()
         for kind, part in (
             ("fresh", slice(0, n_fresh)),
             ("blank", slice(n_fresh, n_fresh + n_blank)),
