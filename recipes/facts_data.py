@@ -49,9 +49,14 @@ class World:
         if not self.links:
             return self.rooms
         forward = min(self.links[0][1], BACK[self.links[0][1]])
-        turned = [(x, y) if way == forward else (y, x) for x, way, y in self.links]
+        return (self.rooms, len(self.links), forward, *self.ends(forward))
+
+    def ends(self, way: int) -> tuple[int, int]:
+        """The rooms furthest in direction `way` and in the opposite one, on the line that the links make."""
+        turned = [(x, y) if d == way else (y, x) for x, d, y in self.links]
         ahead, behind = ({pair[side] for pair in turned} for side in (0, 1))
-        return (self.rooms, len(self.links), forward, *(ahead - behind), *(behind - ahead))
+        (first,), (last,) = ahead - behind, behind - ahead
+        return first, last
 
     @property
     def known(self) -> list[tuple[int, ...]]:
@@ -190,9 +195,7 @@ class StatementWriter:
         asked = [(self.asked_where[name], world.rooms[name]) for name in world.names]
         if world.links:
             way = world.links[0][1]
-            turned = [(x, y) if d == way else (y, x) for x, d, y in world.links]
-            ahead, behind = ({pair[side] for pair in turned} for side in (0, 1))
-            (first,), (last,) = ahead - behind, behind - ahead
+            first, last = world.ends(way)
             asked.append((self.asked_furthest[way], first))
             asked.append((self.asked_furthest[BACK[way]], last))
         return [(question, int(self.answers[room])) for question, room in asked]

@@ -552,10 +552,11 @@ class Trainer:
         )
         reading = self.learner.read(memory, rows, lengths, rests)
         read = sum(lengths)
-        known = [None if row.cut_at(read) else row.known(read).answers for row in rows]
-        apart = self.centres.pull(reading.memory, known)
-        right["apart"] = 0.97 * right.get("apart", float(apart.detach())) + 0.03 * float(apart.detach())
-        self.update(reading.loss + recipe.pull * apart, recipe.pool_rate * scale)
+        loss = reading.loss
+        if recipe.pull:
+            known = [None if row.cut_at(read) else row.known(read).answers for row in rows]
+            loss = loss + recipe.pull * self.centres.pull(reading.memory, known)
+        self.update(loss, recipe.pool_rate * scale)
         self.settle(reading, rows[: len(places)], places, read)  # hard ones stand behind, and stay out
         self.live_on(right)
         self.age_blank()
@@ -582,8 +583,9 @@ class Trainer:
         rows = [self.maker.row(size, w, self.more_news(w, [size], 0), recipe.pool.distractors) for w in worlds]
         reading = self.learner.live(memory, rows)
         self.settle(reading, rows, places, size)
-        for i in (reading.right & ~torch.tensor([row.cut_at(size) for row in rows])).nonzero().flatten().tolist():
-            self.centres.update(rows[i].known(size).answers, reading.memory[i])
+        for row, state, answered in zip(rows, reading.memory, reading.right.tolist(), strict=True):
+            if recipe.pull and answered and not row.cut_at(size):
+                self.centres.update(row.known(size).answers, state)
         for kind, part in (("lived", slice(0, len(known))), ("told", slice(len(known), None))):
             note(right, kind, reading.right[part], reading.asked[part], 0.01)
         for i in reading.loss.topk(min(recipe.hard, len(rows))).indices.tolist():
@@ -621,8 +623,6 @@ class Trainer:
         rng, blank, recipe = self.maker.rng, self.blank, self.recipe
         rows = [self.maker.row(recipe.segment_size, World(), [], recipe.pool.distractors).ids for _ in blank]
         blank[:] = self.model.fold(blank, torch.from_numpy(np.stack(rows).astype(np.int64)))
-        for state in blank:
-            self.centres.update(World().answers, state)
         anew = torch.from_numpy(rng.random(len(blank)) < 1 / self.oldest())
         blank[anew] = self.model.initial_memory(int(anew.sum()))
 
