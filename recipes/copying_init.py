@@ -1,4 +1,4 @@
-"""A small fresh Llama, and initial weights from which it soon learns to look things up in its context.
+"""A small fresh Llama or BERT, and initial weights from which it soon learns to look things up in its context.
 
 From random weights a model of this size stays for thousands of steps at what the words alone give: it sees which rooms
 were named, not who went where. What it lacks is the two-step lookup ("which row has the same name near it? copy its
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from rmt_engine.evaluation.facts import OPPOSITE
 
@@ -98,3 +98,31 @@ def join_words(embeddings: nn.Embedding, tokenizer: PreTrainedTokenizerBase, spa
     for token, spaced in ids.items():
         if token.startswith(space) and token[1:] in ids:
             embeddings.weight[ids[token[1:]]] = embeddings.weight[spaced]
+
+
+@torch.no_grad()
+def look_around(model: BertForSequenceClassification, theta: float = 100.0, strength: float = 1.2) -> None:
+    """Changes a fresh BERT's weights in place: head h of the first layer looks at the row h + 1 before its own, the last
+    two heads at the two rows behind it. Positions are told by sines and cosines in the first dimensions, as many as a
+    head has, and words by the others."""
+    embeddings, first = model.bert.embeddings, model.bert.encoder.layer[0].attention
+    heads, size = first.self.num_attention_heads, first.self.attention_head_size
+    frequencies = theta ** (-torch.arange(size // 2) / (size // 2))
+    angles = torch.arange(embeddings.position_embeddings.num_embeddings)[:, None] * frequencies
+    embeddings.position_embeddings.weight.zero_()
+    embeddings.position_embeddings.weight[:, :size] = 2 * torch.cat([angles.cos(), angles.sin()], dim=1)
+    embeddings.word_embeddings.weight.normal_(0.0, 0.7)
+    embeddings.word_embeddings.weight[:, :size] = 0
+    first.self.query.weight.zero_()
+    first.self.key.weight.zero_()
+    for head, distance in enumerate([*range(1, heads - 1), -1, -2]):
+        turn = distance * frequencies
+        cos, sin = torch.diag(turn.cos()), torch.diag(turn.sin())
+        rows = slice(head * size, (head + 1) * size)
+        first.self.query.weight[rows, :size] = strength * torch.cat(
+            [torch.cat([cos, sin], dim=1), torch.cat([-sin, cos], dim=1)]
+        )
+        first.self.key.weight[rows, :size] = strength * torch.eye(size)
+    places = torch.nn.init.orthogonal_(torch.empty_like(first.self.value.weight))
+    first.self.value.weight.copy_(0.7 * places)
+    first.output.dense.weight.copy_(0.7 * places.t())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -41,6 +42,13 @@ class RecurrentDecoder(nn.Module):
     def initial_memory(self, batch: int) -> Tensor:
         """[B, M, E]"""
         return self.memory_cell.memory.expand(batch, -1, -1)
+
+    def named(self, converted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a converted checkpoint under the names of this module's state."""
+        return {
+            "memory_cell.memory" if name == "memory" else f"memory_cell.model.{name}": value
+            for name, value in converted.items()
+        }
 
     def fold(self, memory: Tensor, ids: Tensor) -> Tensor:
         """The memory state after one segment: memory [B, M, E], ids [B, S] -> [B, M, E]."""
@@ -87,6 +95,14 @@ class RecurrentEncoder(nn.Module):
         """[B, M, E]"""
         return self.model.get_input_embeddings()(self.mem_token_ids).expand(batch, -1, -1)
 
+    def named(self, converted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a converted checkpoint under the names of this module's state."""
+        state = {f"model.{name}": value for name, value in converted.items() if name != "memory"}
+        words = "model.bert.embeddings.word_embeddings.weight"
+        if "memory" in converted and words in state:
+            state[words] = torch.cat([state[words], converted["memory"]])
+        return state
+
     def fold(self, memory: Tensor, ids: Tensor) -> Tensor:
         """The memory state after one segment: memory [B, M, E], ids [B, S] -> [B, M, E]."""
         return self.segment(memory, ids)[1]
@@ -97,6 +113,16 @@ class RecurrentEncoder(nn.Module):
         cls, sep = (words(token).expand(len(ids), -1, -1) for token in (self.cls_token, self.sep_token))
         out = self.model.bert(inputs_embeds=torch.cat([cls, memory, sep, words(ids), sep], dim=1))
         return self.model.classifier(out.pooler_output), out.last_hidden_state[:, 1 : 1 + self.memory_tokens]
+
+
+def load_converted(model: RecurrentDecoder | RecurrentEncoder, converted: Mapping[str, Tensor]) -> None:
+    """Takes the weights of a converted checkpoint, of the same kind and sizes. Raises ValueError for any other."""
+    state, own = model.named(converted), model.state_dict()
+    needed = {name for name, _ in model.named_parameters()}  # a tied head is named once
+    strange = [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
+    if strange or needed - set(state):
+        raise ValueError(f"--from has other parameters than --kind: {sorted({*strange, *(needed - set(state))})}")
+    model.load_state_dict(state, strict=False)
 
 
 class MovingAverage:

@@ -31,8 +31,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from copying_init import small_llama
+from copying_init import look_around, small_llama
 from episodes import NOT_ASKED, EpisodeMaker, Row
+from growing import directions_named, grown, layers_of
 from facts_data import (
     ASK_TEMPLATE,
     NoiseBank,
@@ -43,7 +44,15 @@ from facts_data import (
     train_tokenizer,
 )
 from pool import Centres, Hard, Lived, Pool, disturbed
-from rmt_training import MovingAverage, RecurrentDecoder, RecurrentEncoder, log, save_checkpoint, save_whole
+from rmt_training import (
+    MovingAverage,
+    RecurrentDecoder,
+    RecurrentEncoder,
+    load_converted,
+    log,
+    save_checkpoint,
+    save_whole,
+)
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -114,6 +123,7 @@ class Recipe:
     memory_mix: float = 0.25
     noise_grows: int = 1000  # steps of the pool until both are reached
     noise_between: float = 0.0  # how much of that noise memory states get between the segments of a batch
+    grown_rate: float = 0.2  # times the rate: what weights that were trained before are changed with, in a deeper model
     pull: float = 0.0  # weight of the distance of states from the centre of those that know the same
     later: float = 0.05  # how often a row that knows facts reads one more
     linked: float = 0.1  # how often a row that knows one link reads the second
@@ -138,31 +148,27 @@ FACTS = Recipe(
     pool=Stage(0, 112, 4, lone=0.6, again=0.05, distractors=0.15),
     cut=0.5,
 )
-# How rooms lie, in three: two do not learn whether the asked direction is the told one or its opposite.
+# How rooms lie, in three: two do not learn whether the asked direction is the told one or its opposite. A few texts about
+# people keep what a model of people knows, from which it starts.
 LINKS = Recipe(
     layers=3,
     stages=(
-        Stage(0, 32, 0, links=1.0, chain=1, distractors=0.0),
-        Stage(0, 32, 0, links=1.0, turned=0.0, distractors=0.0),
-        Stage(0, 48, 0, links=1.0, distractors=0.0),
-        Stage(1, 48, 0, links=1.0, distractors=0.0),
-        Stage(1, 48, 0, links=1.0, apart=0.2),
+        Stage(0, 32, 2, links=0.85, chain=1, distractors=0.0),
+        Stage(1, 48, 2, lone=0.5, links=0.85, chain=1, distractors=0.0),
+        Stage(1, 48, 2, lone=0.5, links=0.85, apart=0.2, distractors=0.0),
         # The second link in a later segment: the memory has to be read while it is written.
-        Stage(3, 48, 0, links=1.0, apart=0.1, rate=0.4),
-        Stage(3, 112, 0, links=1.0, apart=0.2, rate=0.4, enough=0.9),
+        Stage(3, 48, 2, lone=0.5, links=0.85, apart=0.1),
+        Stage(3, 112, 2, lone=0.5, links=0.85, apart=0.2, enough=0.9),
     ),
-    pool=Stage(0, 112, 0, links=1.0, apart=0.6, distractors=0.15),
+    curriculum_rate=1e-3,
+    pool=Stage(0, 112, 2, lone=0.5, links=0.85, apart=0.5, distractors=0.15),
     pool_steps=3000,
-    pool_rate=3e-4,
-    lived=96,
-    hard=3,
-    noise_grows=200,
-    noise_between=1.0,
-    pull=0.3,
+    pool_rate=5e-4,
+    noise_grows=50,
     linked=0.25,
 )
 ENCODER = Recipe(
-    kind="encoder", segment_size=117, layers=2, heads=4, width=96, inner=192, positions=128, batch=32,
+    kind="encoder", segment_size=117, layers=2, heads=8, width=96, inner=192, positions=128, batch=32,
     curriculum_rate=1e-3, average=0.998, later=0.0, pool_steps=1500,
     stages=(Stage(0, 117, 1), Stage(1, 117, 1), Stage(2, 117, 1), Stage(3, 117, 1)),
 )  # fmt: skip
@@ -213,7 +219,9 @@ def build_encoder(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> BertFor
         id2label=dict(enumerate(ROOMS)),
         label2id={room: i for i, room in enumerate(ROOMS)},
     )
-    return BertForSequenceClassification(config)
+    model = BertForSequenceClassification(config)
+    look_around(model)
+    return model
 
 
 @dataclass
@@ -345,20 +353,16 @@ class Trainer:
         self.learner: Decoder | Encoder = kind(recipe, self.maker, self.tokenizer)
         self.model = self.learner.model
         self.average = MovingAverage(self.model, recipe.average)
-        decayed = [p for p in self.model.parameters() if p.ndim == 2]
-        plain = [p for p in self.model.parameters() if p.ndim != 2]
-        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.curriculum_rate, betas=(0.9, 0.98))
         self.step, self.stage = 0, 0
         self.pool_states = Pool(recipe.pool_size)
         self.hard: list[Hard] = []
         self.centres = Centres()
         self.blank = self.model.initial_memory(recipe.blank_size).detach().clone()
         self.pool_steps_done = 0
+        before = self.go_on_from(source) if source is not None else set()
+        self.optimizer = self.optimizer_of(before)
         if (self.work / "state.pt").exists():
             self.resume()
-        elif source is not None:
-            self.go_on_from(source)
         log(event="start", step=self.step, noise_tokens=[len(b) for b in bank.banks], seconds=self.seconds())
 
     def seconds(self) -> float:
@@ -388,23 +392,35 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.maker.rng = np.random.default_rng([self.recipe.seed, self.step])
 
-    def go_on_from(self, source: Path) -> None:
+    def optimizer_of(self, before: set[str]) -> torch.optim.Optimizer:
+        """before: parameters that were trained before, in a model that has grown."""
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, values in self.model.named_parameters():
+            scale = self.recipe.grown_rate if name in before else 1.0
+            groups.setdefault((0.01 if values.ndim == 2 else 0.0, scale), []).append(values)
+        described = [{"params": some, "weight_decay": decay, "scale": scale} for (decay, scale), some in groups.items()]
+        return torch.optim.AdamW(described, lr=self.recipe.curriculum_rate, betas=(0.9, 0.98))
+
+    def go_on_from(self, source: Path) -> set[str]:
+        """Takes the source's weights. Where it has fewer layers the curriculum is still to be learned, and the names of
+        the parameters that it had are returned."""
         weights = dict(checkpoint.load(source)[1])
-        if not isinstance(self.model, RecurrentDecoder) or "memory" not in weights:
-            raise ValueError(f"--from goes on from decoders; {source} or --kind is none")
-        state = {"memory_cell.memory": weights.pop("memory")}
-        state |= {f"memory_cell.model.{name}": value for name, value in weights.items()}
-        missing, strange = self.model.load_state_dict(state, strict=False)
-        if strange or set(missing) - {"memory_cell.model.lm_head.weight"}:  # the head is the embedding
-            raise ValueError(f"{source} has other parameters than --kind: {[*missing, *strange]}")
+        before: set[str] = set()
+        self.stage = len(self.recipe.stages)
+        if self.recipe.kind == "decoder" and layers_of(weights) != self.recipe.layers:
+            old, new = grown(weights, self.model.memory_cell.model.state_dict())
+            weights = directions_named(old | new, self.tokenizer.get_vocab())
+            before = set(self.model.named(old))
+            self.stage = 0
+        load_converted(self.model, weights)
         self.average = MovingAverage(self.model, self.recipe.average)
         self.average.steps = round(10 / (1 - self.recipe.average))  # the source is an average already
         self.blank = self.model.initial_memory(self.recipe.blank_size).detach().clone()
-        self.stage = len(self.recipe.stages)
+        return before
 
     def update(self, loss: Tensor, rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

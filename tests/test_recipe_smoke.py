@@ -21,7 +21,9 @@ from rmt_engine import Engine  # noqa: E402
 from rmt_engine.checkpoint.conversion import convert  # noqa: E402
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-MODULES = ("facts_data", "episodes", "pool", "copying_init", "rmt_training", "train_retrieval", "lm_data", "train_lm")
+MODULES = (
+    "facts_data", "episodes", "pool", "copying_init", "growing", "rmt_training", "train_retrieval", "lm_data", "train_lm",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +148,51 @@ def test_the_pool_goes_on_from_a_converted_decoder(decoder: Path, recipes, tmp_p
     assert trainer.tokenizer.get_vocab() == transformers.AutoTokenizer.from_pretrained(decoder / "base").get_vocab()
     trainer.curriculum()
     assert trainer.step == 0  # nothing is left of it
-    links = replace(recipes.train_retrieval.LINKS, **{**recipes.train_retrieval.TINY, "layers": 3})
+    wider = replace(recipe, width=64)
     with pytest.raises(ValueError, match="other parameters than --kind"):
-        recipes.train_retrieval.Trainer(links, tmp_path / "links", model)
+        recipes.train_retrieval.Trainer(wider, tmp_path / "wider", model)
+    shallow = replace(recipe, layers=1)
+    with pytest.raises(ValueError, match="2 layers does not grow to 1"):
+        recipes.train_retrieval.Trainer(shallow, tmp_path / "shallow", model)
+
+
+def test_the_pool_goes_on_from_a_converted_encoder(encoder: Path, recipes, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    convert(encoder / "model_best", model, encoder / "base", segment_size=117)
+    recipe = replace(recipes.train_retrieval.ENCODER, **recipes.train_retrieval.TINY)
+    trainer = recipes.train_retrieval.Trainer(recipe, tmp_path / "more", model)
+    trained = torch.load(encoder / "model_best" / "pytorch_model.bin", weights_only=True)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+    decoder = replace(recipes.train_retrieval.FACTS, **recipes.train_retrieval.TINY)
+    with pytest.raises(ValueError, match="other parameters than --kind"):
+        recipes.train_retrieval.Trainer(decoder, tmp_path / "decoder", model)
+
+
+def test_a_grown_model_computes_the_same_with_directions_for_names(decoder: Path, recipes, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    convert(decoder / "model_best", model, decoder / "base", segment_size=112)
+    recipe = replace(recipes.train_retrieval.LINKS, **{**recipes.train_retrieval.TINY, "layers": 3})
+    trainer = recipes.train_retrieval.Trainer(recipe, tmp_path / "links", model)
+    people = recipes.train_retrieval.Trainer(
+        replace(recipes.train_retrieval.FACTS, **recipes.train_retrieval.TINY), tmp_path / "people", model
+    )
+    said, turned = (
+        torch.tensor([trainer.tokenizer.encode(text)])
+        for text in ("so Mary went to the garden", "so north went to the garden")
+    )
+    with torch.no_grad():
+        expected = people.model.segment(people.model.initial_memory(1), said)
+        for ids in (said, turned):
+            for one, other in zip(trainer.model.segment(trainer.model.initial_memory(1), ids), expected, strict=True):
+                torch.testing.assert_close(one, other)
+    scales = {
+        id(values): group["scale"] for group in trainer.optimizer.param_groups for values in group["params"]
+    }
+    for name, values in trainer.model.named_parameters():
+        assert scales[id(values)] == (1.0 if ".layers.1." in name else recipe.grown_rate), name
+    trainer.curriculum()
+    assert trainer.step == 4 and any(p.any() for p in trainer.model.memory_cell.model.model.layers[1].mlp.down_proj.parameters())
 
 
 def test_a_placed_statement_is_tokenized_as_in_joined_text(decoder: Path, recipes) -> None:
