@@ -102,9 +102,9 @@ def join_words(embeddings: nn.Embedding, tokenizer: PreTrainedTokenizerBase, spa
 
 @torch.no_grad()
 def look_around(model: BertForSequenceClassification, theta: float = 100.0, strength: float = 1.2) -> None:
-    """Changes a fresh BERT's weights in place: head h of the first layer looks at the row h + 1 before its own, the last
-    two heads at the two rows behind it. Positions are told by sines and cosines in the first dimensions, as many as a
-    head has, and words by the others."""
+    """Changes a fresh BERT's weights in place: head h of the first layer looks at the row h + 1 before its own, the
+    last two heads at the two rows behind it. Positions are told by sines and cosines in the first dimensions, as many
+    as a head has, and words by the others."""
     embeddings, first = model.bert.embeddings, model.bert.encoder.layer[0].attention
     heads, size = first.self.num_attention_heads, first.self.attention_head_size
     frequencies = theta ** (-torch.arange(size // 2) / (size // 2))

@@ -1,8 +1,9 @@
 """A trained decoder's weights as the start of a deeper one that has to hold as much, under other names.
 
-What is hard to learn is to hold something for thousands of segments. A model of people does: memory says who is in which
-room. Two links say no more than that ("furthest north" is in the garden, "furthest south" in the office), so directions
-start with the embeddings of names, and what is to be learned is to read links and to write them where facts stand.
+What is hard to learn is to hold something for thousands of segments. A model of people does: memory says who is in
+which room. Two links say no more than that ("furthest north" is in the garden, "furthest south" in the office), so
+directions start with the embeddings of names, and what is to be learned is to read links and to write them where facts
+stand.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ SILENT = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # with these at 0 
 
 
 def layers_of(weights: Mapping[str, Tensor]) -> int:
-    """How many layers a Hugging Face decoder's weights have."""
-    return 1 + max(int(found[1]) for name in weights if (found := re.match(r"model\.layers\.(\d+)\.", name)))
+    """How many layers a Hugging Face decoder's weights have; 0 for those of anything else."""
+    places = (re.match(r"model\.layers\.(\d+)\.", name) for name in weights)
+    return max((1 + int(place[1]) for place in places if place), default=0)
 
 
 def grown(
     weights: Mapping[str, Tensor], fresh: Mapping[str, Tensor], at: int = 1
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights of a model as deep as `fresh` that computes what `weights` do, the old ones and the new ones: the layers
-    that are missing come from `fresh`, stand before layer `at`, and add nothing yet."""
+    """The weights of a model as deep as `fresh` that computes what `weights` do, the old ones and the new ones: the
+    layers that are missing come from `fresh`, stand before layer `at`, and add nothing yet."""
     more = layers_of(fresh) - layers_of(weights)
     if more < 0:
         raise ValueError(f"a model of {layers_of(weights)} layers does not grow to {layers_of(fresh)}")

@@ -28,12 +28,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from copying_init import look_around, small_llama
 from episodes import NOT_ASKED, EpisodeMaker, Row
-from growing import directions_named, grown, layers_of
 from facts_data import (
     ASK_TEMPLATE,
     NoiseBank,
@@ -43,6 +43,7 @@ from facts_data import (
     tokenizer_sentences,
     train_tokenizer,
 )
+from growing import directions_named, grown, layers_of
 from pool import Centres, Hard, Lived, Pool, disturbed
 from rmt_training import (
     MovingAverage,
@@ -148,8 +149,8 @@ FACTS = Recipe(
     pool=Stage(0, 112, 4, lone=0.6, again=0.05, distractors=0.15),
     cut=0.5,
 )
-# How rooms lie, in three: two do not learn whether the asked direction is the told one or its opposite. A few texts about
-# people keep what a model of people knows, from which it starts.
+# How rooms lie, in three: two do not learn whether the asked direction is the told one or its opposite. A few texts
+# about people keep what a model of people knows, from which it starts.
 LINKS = Recipe(
     layers=3,
     stages=(
@@ -359,10 +360,14 @@ class Trainer:
         self.centres = Centres()
         self.blank = self.model.initial_memory(recipe.blank_size).detach().clone()
         self.pool_steps_done = 0
-        before = self.go_on_from(source) if source is not None else set()
-        self.optimizer = self.optimizer_of(before)
-        if (self.work / "state.pt").exists():
-            self.resume()
+        self.before: set[str] = set()  # parameters that were trained before the model grew
+        kept = self.work / "state.pt"
+        if kept.exists():
+            self.resume(torch.load(kept, weights_only=True))
+        else:
+            if source is not None:
+                self.go_on_from(source)
+            self.optimizer = self.new_optimizer()
         log(event="start", step=self.step, noise_tokens=[len(b) for b in bank.banks], seconds=self.seconds())
 
     def seconds(self) -> float:
@@ -375,6 +380,7 @@ class Trainer:
             "step": self.step,
             "stage": self.stage,
             "pool_steps_done": self.pool_steps_done,
+            "before": sorted(self.before),
             "model": self.model.state_dict(),
             "average": self.average.values,
             "averaged": self.average.steps,
@@ -383,40 +389,37 @@ class Trainer:
         }
         save_whole(state, self.work / "state.pt")
 
-    def resume(self) -> None:
-        state = torch.load(self.work / "state.pt", weights_only=True)
+    def resume(self, state: dict[str, Any]) -> None:
         self.step, self.stage, self.pool_steps_done = state["step"], state["stage"], state["pool_steps_done"]
         self.started -= state["seconds"]
         self.average.values, self.average.steps = state["average"], state["averaged"]
         self.model.load_state_dict(state["model"])
+        self.before = set(state["before"])
+        self.optimizer = self.new_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
         self.maker.rng = np.random.default_rng([self.recipe.seed, self.step])
 
-    def optimizer_of(self, before: set[str]) -> torch.optim.Optimizer:
-        """before: parameters that were trained before, in a model that has grown."""
+    def new_optimizer(self) -> torch.optim.Optimizer:
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, values in self.model.named_parameters():
-            scale = self.recipe.grown_rate if name in before else 1.0
-            groups.setdefault((0.01 if values.ndim == 2 else 0.0, scale), []).append(values)
+            kind = 0.01 if values.ndim == 2 else 0.0, self.recipe.grown_rate if name in self.before else 1.0
+            groups.setdefault(kind, []).append(values)
         described = [{"params": some, "weight_decay": decay, "scale": scale} for (decay, scale), some in groups.items()]
         return torch.optim.AdamW(described, lr=self.recipe.curriculum_rate, betas=(0.9, 0.98))
 
-    def go_on_from(self, source: Path) -> set[str]:
-        """Takes the source's weights. Where it has fewer layers the curriculum is still to be learned, and the names of
-        the parameters that it had are returned."""
+    def go_on_from(self, source: Path) -> None:
+        """Takes the source's weights. Where it has fewer layers it grows, and the curriculum is still to be learned."""
         weights = dict(checkpoint.load(source)[1])
-        before: set[str] = set()
         self.stage = len(self.recipe.stages)
-        if self.recipe.kind == "decoder" and layers_of(weights) != self.recipe.layers:
+        if self.recipe.kind == "decoder" and 0 < layers_of(weights) != self.recipe.layers:
             old, new = grown(weights, self.model.memory_cell.model.state_dict())
             weights = directions_named(old | new, self.tokenizer.get_vocab())
-            before = set(self.model.named(old))
+            self.before = set(self.model.named(old))
             self.stage = 0
         load_converted(self.model, weights)
         self.average = MovingAverage(self.model, self.recipe.average)
         self.average.steps = round(10 / (1 - self.recipe.average))  # the source is an average already
         self.blank = self.model.initial_memory(self.recipe.blank_size).detach().clone()
-        return before
 
     def update(self, loss: Tensor, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -671,7 +674,7 @@ def main() -> None:
         dest="source",
         type=Path,
         metavar="MODEL",
-        help="the pool goes on from this converted decoder's weights",
+        help="the pool goes on from this converted checkpoint; one with fewer layers grows, the curriculum comes first",
     )
     parser.add_argument("--smoke", action="store_true", help="a few steps of a much smaller model on a few files")
     parser.add_argument("--seed", type=int, default=Recipe.seed)

@@ -22,7 +22,8 @@ from rmt_engine.checkpoint.conversion import convert  # noqa: E402
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 MODULES = (
-    "facts_data", "episodes", "pool", "copying_init", "growing", "rmt_training", "train_retrieval", "lm_data", "train_lm",
+    "facts_data", "episodes", "pool", "copying_init", "growing", "rmt_training", "train_retrieval", "lm_data",
+    "train_lm",
 )  # fmt: skip
 
 
@@ -186,13 +187,13 @@ def test_a_grown_model_computes_the_same_with_directions_for_names(decoder: Path
         for ids in (said, turned):
             for one, other in zip(trainer.model.segment(trainer.model.initial_memory(1), ids), expected, strict=True):
                 torch.testing.assert_close(one, other)
-    scales = {
-        id(values): group["scale"] for group in trainer.optimizer.param_groups for values in group["params"]
-    }
+    scales = {id(values): group["scale"] for group in trainer.optimizer.param_groups for values in group["params"]}
     for name, values in trainer.model.named_parameters():
         assert scales[id(values)] == (1.0 if ".layers.1." in name else recipe.grown_rate), name
     trainer.curriculum()
-    assert trainer.step == 4 and any(p.any() for p in trainer.model.memory_cell.model.model.layers[1].mlp.down_proj.parameters())
+    assert trainer.step == 4 and any(
+        p.any() for p in trainer.model.memory_cell.model.model.layers[1].mlp.down_proj.parameters()
+    )
 
 
 def test_a_placed_statement_is_tokenized_as_in_joined_text(decoder: Path, recipes) -> None:
