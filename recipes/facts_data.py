@@ -42,15 +42,6 @@ class World:
     def names(self) -> list[int]:
         return [name for name, room in enumerate(self.rooms) if room >= 0]
 
-    @property
-    def answers(self) -> tuple[object, ...]:
-        """What tells worlds apart when they are asked: where everyone is; how many links there are, on which line, and
-        which rooms end it."""
-        if not self.links:
-            return self.rooms
-        forward = min(self.links[0][1], BACK[self.links[0][1]])
-        return (self.rooms, len(self.links), forward, *self.ends(forward))
-
     def ends(self, way: int) -> tuple[int, int]:
         """The rooms furthest in direction `way` and in the opposite one, on the line that the links make."""
         turned = [(x, y) if d == way else (y, x) for x, d, y in self.links]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,10 +20,14 @@ class Lived:
 
 
 class Pool:
-    """Memory states that have answered right so far, each with what it knows."""
+    """Memory states that have answered right so far, each with what it knows.
 
-    def __init__(self, size: int) -> None:
+    patience: how often one that answered wrong stays; renewed: how often a new one takes the place of another.
+    """
+
+    def __init__(self, size: int, patience: float = 0.5, renewed: float = 0.05) -> None:
         self.states: list[Lived | None] = [None] * size
+        self.patience, self.renewed = patience, renewed
 
     def draw(self, rng: np.random.Generator, count: int) -> list[int]:
         """Up to `count` different places that hold a state, rather those that know what few states do: what is
@@ -43,48 +46,21 @@ class Pool:
         return state
 
     def settle(self, rng: np.random.Generator, place: int | None, state: Lived, right: bool) -> None:
-        """Puts a state back if it answered right; drops a wrong one half of the time. New ones (None) fill gaps."""
+        """Puts a state back if it answered right. New ones (None) fill gaps."""
         if place is not None:
             if right:
                 self.states[place] = state
-            elif rng.random() < 0.5:
+            elif rng.random() >= self.patience:
                 self.states[place] = None
         elif right:
             empty = [i for i, old in enumerate(self.states) if old is None]
             if empty:
                 self.states[empty[0]] = state
-            elif rng.random() < 0.05:
+            elif rng.random() < self.renewed:
                 self.states[int(rng.integers(len(self.states)))] = state
 
     def ages(self) -> list[int]:
         return [state.age for state in self.states if state is not None]
-
-
-class Centres:
-    """Where the memory states of each world lie on average. Pulled there, they stand still: an answer's loss says only
-    that a state is on the right side of a border, this how far from the middle."""
-
-    def __init__(self, rate: float = 0.05, least: int = 8) -> None:
-        self.rate, self.least = rate, least
-        self.means: dict[Hashable, Tensor] = {}
-        self.counts: Counter[Hashable] = Counter()
-
-    def update(self, world: Hashable, memory: Tensor) -> None:
-        """memory: a state [M, E] that answers as it should."""
-        self.counts[world] += 1
-        mean = self.means.setdefault(world, memory.clone())
-        mean += max(self.rate, 1 / self.counts[world]) * (memory - mean)
-
-    def pull(self, memory: Tensor, worlds: Sequence[Hashable | None]) -> Tensor:
-        """The squared distance of states [B, M, E] from the centres of their worlds, over that of the centres from
-        theirs; 0 where none is known yet. None: a state that belongs to no world."""
-        known = {world: mean for world, mean in self.means.items() if self.counts[world] >= self.least}
-        near = [i for i, world in enumerate(worlds) if world in known]
-        if len(known) < 2 or not near:
-            return memory.sum() * 0
-        centres = torch.stack([known[worlds[i]] for i in near])
-        spread = torch.stack(list(known.values())).var(0).mean()
-        return (memory[near] - centres).square().mean() / spread.clamp(min=1e-6)
 
 
 @dataclass

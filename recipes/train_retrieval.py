@@ -44,7 +44,7 @@ from facts_data import (
     train_tokenizer,
 )
 from growing import directions_named, grown, layers_of
-from pool import Centres, Hard, Lived, Pool, disturbed
+from pool import Hard, Lived, Pool, disturbed
 from rmt_training import (
     MovingAverage,
     RecurrentDecoder,
@@ -115,6 +115,8 @@ class Recipe:
     pool_rate: float = 1e-3
     pool_steps: int = 4300
     pool_size: int = 192
+    patience: float = 0.5  # how often a state that answered wrong stays in the pool
+    renewed: float = 0.05  # how often a new state takes another's place where none is free
     blank_size: int = 32
     lived: int = 96  # states that read a segment without gradients, each step, and a third as many that are told news
     hard: int = 5  # rows of a batch for the worst of them
@@ -123,9 +125,7 @@ class Recipe:
     memory_noise: float = 0.4
     memory_mix: float = 0.25
     noise_grows: int = 1000  # steps of the pool until both are reached
-    noise_between: float = 0.0  # how much of that noise memory states get between the segments of a batch
-    grown_rate: float = 0.2  # times the rate: what weights that were trained before are changed with, in a deeper model
-    pull: float = 0.0  # weight of the distance of states from the centre of those that know the same
+    grown_rate: float = 0.6  # times the rate: what weights that were trained before are changed with, in a deeper model
     later: float = 0.05  # how often a row that knows facts reads one more
     linked: float = 0.1  # how often a row that knows one link reads the second
     cut: float = 0.3  # how often a statement is put where a border may cut it
@@ -158,15 +158,21 @@ LINKS = Recipe(
         Stage(1, 48, 2, lone=0.5, links=0.85, chain=1, distractors=0.0),
         Stage(1, 48, 2, lone=0.5, links=0.85, apart=0.2, distractors=0.0),
         # The second link in a later segment: the memory has to be read while it is written.
-        Stage(3, 48, 2, lone=0.5, links=0.85, apart=0.1),
-        Stage(3, 112, 2, lone=0.5, links=0.85, apart=0.2, enough=0.9),
+        Stage(3, 48, 2, lone=0.5, links=0.9, apart=0.05, enough=0.97),
+        Stage(3, 112, 2, lone=0.5, links=0.9, apart=0.1, enough=0.95),
     ),
     curriculum_rate=1e-3,
-    pool=Stage(0, 112, 2, lone=0.5, links=0.85, apart=0.5, distractors=0.15),
-    pool_steps=3000,
-    pool_rate=5e-4,
-    noise_grows=50,
-    linked=0.25,
+    pool=Stage(0, 112, 2, lone=0.5, links=0.95, apart=0.4, distractors=0.15),
+    pool_steps=500,
+    pool_rate=3e-4,
+    patience=0.0,
+    renewed=0.2,
+    lived=48,
+    hard=0,  # the worst would be those that read a first link; they teach to forget what was known before the second
+    memory_noise=0.2,
+    memory_mix=0.1,
+    noise_grows=1,
+    linked=0.3,
 )
 ENCODER = Recipe(
     kind="encoder", segment_size=117, layers=2, heads=8, width=96, inner=192, positions=128, batch=32,
@@ -241,15 +247,12 @@ class Decoder:
         self.base_config = json.loads(backbone.config.to_json_string(use_diff=False))
         self.model = RecurrentDecoder(backbone, recipe.memory_tokens)
         self.maker, self.questions = maker, recipe.questions
-        self.noise = 0.0  # of memory states, between the segments of a batch
 
     def read(self, memory: Tensor, rows: list[Row], lengths: list[int], rests: np.ndarray) -> Reading:
         texts = torch.from_numpy(np.stack([row.ids for row in rows]).astype(np.int64))
         nothing, position, losses = np.zeros_like(rests), 0, []
         right = asked = torch.zeros(len(rows), dtype=torch.bool)
         for length in lengths:
-            if position:
-                memory = disturbed(memory, self.noise, 0.0)
             memory = self.model.fold(memory, texts[:, position : position + length])
             position += length
             loss, right, asked = self._ask(memory, rows, position, nothing, self.questions)
@@ -288,14 +291,11 @@ class Encoder:
         self.base_config = json.loads(backbone.config.to_json_string(use_diff=False))
         self.model = RecurrentEncoder(backbone, recipe.memory_tokens, tokenizer.cls_token_id, tokenizer.sep_token_id)
         self.maker = maker
-        self.noise = 0.0  # of memory states, between the segments of a batch
 
     def read(self, memory: Tensor, rows: list[Row], lengths: list[int], rests: np.ndarray) -> Reading:
         losses, position = [], 0
         right = asked = torch.zeros(len(rows), dtype=torch.bool)
         for length in lengths:
-            if position:
-                memory = disturbed(memory, self.noise, 0.0)
             loss, memory, right, asked = self._segment(memory, rows, position, position + length)
             position += length
             losses.append(loss.sum())
@@ -355,9 +355,8 @@ class Trainer:
         self.model = self.learner.model
         self.average = MovingAverage(self.model, recipe.average)
         self.step, self.stage = 0, 0
-        self.pool_states = Pool(recipe.pool_size)
+        self.pool_states = Pool(recipe.pool_size, recipe.patience, recipe.renewed)
         self.hard: list[Hard] = []
-        self.centres = Centres()
         self.blank = self.model.initial_memory(recipe.blank_size).detach().clone()
         self.pool_steps_done = 0
         self.before: set[str] = set()  # parameters that were trained before the model grew
@@ -397,6 +396,7 @@ class Trainer:
         self.before = set(state["before"])
         self.optimizer = self.new_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
+        self.blank = self.model.initial_memory(self.recipe.blank_size).detach().clone()
         self.maker.rng = np.random.default_rng([self.recipe.seed, self.step])
 
     def new_optimizer(self) -> torch.optim.Optimizer:
@@ -560,7 +560,6 @@ class Trainer:
         lived = torch.stack([pool.at(place).memory for place in old]) if old else blank[:0]
         strong = min(1.0, self.pool_steps_done / recipe.noise_grows)
         noise, mix = strong * recipe.memory_noise, strong * recipe.memory_mix
-        self.learner.noise = recipe.noise_between * noise
         memory = torch.cat(
             [
                 self.model.initial_memory(n_fresh),
@@ -571,11 +570,7 @@ class Trainer:
         )
         reading = self.learner.read(memory, rows, lengths, rests)
         read = sum(lengths)
-        loss = reading.loss
-        if recipe.pull:
-            known = [None if row.cut_at(read) else row.known(read).answers for row in rows]
-            loss = loss + recipe.pull * self.centres.pull(reading.memory, known)
-        self.update(loss, recipe.pool_rate * scale)
+        self.update(reading.loss, recipe.pool_rate * scale)
         self.settle(reading, rows[: len(places)], places, read)  # hard ones stand behind, and stay out
         self.live_on(right)
         self.age_blank()
@@ -602,9 +597,6 @@ class Trainer:
         rows = [self.maker.row(size, w, self.more_news(w, [size], 0), recipe.pool.distractors) for w in worlds]
         reading = self.learner.live(memory, rows)
         self.settle(reading, rows, places, size)
-        for row, state, answered in zip(rows, reading.memory, reading.right.tolist(), strict=True):
-            if recipe.pull and answered and not row.cut_at(size):
-                self.centres.update(row.known(size).answers, state)
         for kind, part in (("lived", slice(0, len(known))), ("told", slice(len(known), None))):
             note(right, kind, reading.right[part], reading.asked[part], 0.01)
         for i in reading.loss.topk(min(recipe.hard, len(rows))).indices.tolist():

@@ -264,29 +264,6 @@ def test_half_of_the_states_are_disturbed_by_noise_and_half_by_others(recipes) -
     assert len(recipes.pool.disturbed(memory[:0], 0.4, 0.25)) == 0
 
 
-def test_states_are_pulled_to_the_centre_of_those_that_know_the_same(recipes) -> None:
-    torch.manual_seed(0)
-    centres, here, there = recipes.pool.Centres(), torch.zeros(2, 3), torch.ones(2, 3)
-    for _ in range(30):
-        centres.update("here", here + 0.1 * torch.randn(2, 3))
-        centres.update("there", there + 0.1 * torch.randn(2, 3))
-    centres.update("seldom", 5 * there)
-    memory = torch.stack([here, there]).requires_grad_()
-    right, wrong = (float(centres.pull(memory.detach(), worlds)) for worlds in (("here", "there"), ("there", "here")))
-    assert right < 0.05 < 0.5 < wrong
-    assert float(centres.pull(memory.detach(), (None, "seldom"))) == 0
-    centres.pull(memory, ("there", "there")).backward()
-    assert (memory.grad[0] < 0).all()  # downhill is towards it
-
-
-def test_worlds_that_answer_alike_have_one_centre(recipes) -> None:
-    world, east, west = recipes.facts_data.World(), *map(recipes.facts_data.DIRECTIONS.index, ("east", "west"))
-    told = world.told((0, east, 1)).told((1, east, 2))
-    assert told.answers == world.told((1, east, 2)).told((1, west, 0)).answers
-    assert told.answers != world.told((2, east, 1)).told((1, east, 0)).answers
-    assert world.told((1, 3)).answers == world.told((1, 2)).told((1, 3)).answers != world.answers
-
-
 def test_noise_that_was_taken_badly_is_read_by_others(decoder: Path, recipes) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(decoder / "base")
     writer = recipes.facts_data.StatementWriter(tokenizer)
