@@ -1,9 +1,10 @@
 """Train the small checkpoints that answer about statements hidden in millions of tokens of other text.
 
     python recipes/train_retrieval.py --kind facts --out DIR     # a decoder that answers where Mary is
-    python recipes/train_retrieval.py --kind links --out DIR     # a decoder that answers which room is furthest north
+    python recipes/train_retrieval.py --kind links --from rmt_engine/embedded/people --out DIR   # ... which room is
+                                                                 # furthest north, grown from the one of facts
     python recipes/train_retrieval.py --kind encoder --out DIR   # a classifier with six labels, the rooms
-    python recipes/train_retrieval.py --kind facts --out DIR --from MODEL   # the pool alone, from a converted decoder
+    python recipes/train_retrieval.py --kind facts --out DIR --from MODEL   # the pool alone, from a checkpoint
     python recipes/train_retrieval.py --kind facts --out DIR --smoke  # a few steps on a tiny corpus
 
 Writes `DIR/model_best/pytorch_model.bin` (the authors' names), `DIR/base/` (config, tokenizer) and `DIR/recipe.json`;
