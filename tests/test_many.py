@@ -308,18 +308,21 @@ def test_a_kill_loses_no_finished_document(decoder_folder: Path, books: Path, tm
     begun = time.monotonic()
     assert exit_code(start("peace")) == 0, log.read_text()
     seconds = time.monotonic() - begun
-    path, seen, kills = tmp_path / "out" / "results.jsonl", b"", 0
-    for _ in range(4):
-        child = start("out")
+    out, seen, kills = "out", b"", 0
+    for _ in range(6):
+        path, child = tmp_path / out / "results.jsonl", start(out)
         time.sleep(rng.uniform(0.2, 0.8) * seconds)
         os.kill(child, signal.SIGKILL)
         kills += exit_code(child) == -signal.SIGKILL
+        if not kills:  # done before it was killed: the machine is faster now
+            out, seconds = f"{out}-again", seconds / 2
+            continue
         now = path.read_bytes() if path.exists() else b""
         whole = now[: now.rfind(b"\n") + 1]
         assert whole.startswith(seen), "a finished line is gone"
         seen = whole
     assert kills and seen
-    assert exit_code(start("out")) == 0, log.read_text()
+    assert exit_code(start(out)) == 0, log.read_text()
     assert path.read_bytes().startswith(seen)
     assert sorted(path.read_bytes().splitlines()) == sorted(
         (tmp_path / "peace" / "results.jsonl").read_bytes().splitlines()
