@@ -49,10 +49,10 @@ def prepare(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None
     first, *others = (layer.self_attn for layer in model.model.layers)
     look_back(first, config.num_attention_heads, config.rope_parameters["rope_theta"])
     places = torch.nn.init.orthogonal_(torch.empty(config.hidden_size, config.hidden_size))
-    copy_what_is_read(first, places)
+    copy_what_is_read(first.v_proj, first.o_proj, places)
     for attention in others:
         match_content(attention, places)
-        copy_what_is_read(attention, torch.nn.init.orthogonal_(torch.empty_like(places)))
+        copy_what_is_read(attention.v_proj, attention.o_proj, torch.nn.init.orthogonal_(torch.empty_like(places)))
 
 
 def look_back(attention: nn.Module, heads: int, theta: float, strength: float = 4.0) -> None:
@@ -66,11 +66,11 @@ def look_back(attention: nn.Module, heads: int, theta: float, strength: float = 
     attention.q_proj.bias.copy_(strength * query.flatten())
 
 
-def copy_what_is_read(attention: nn.Module, places: Tensor, strength: float = 0.7) -> None:
+def copy_what_is_read(values: nn.Linear, output: nn.Linear, places: Tensor, strength: float = 0.7) -> None:
     """Each head adds what it reads in dimensions of its own: rows of `places`, which are orthonormal, are its values,
     and the output projection is their transpose."""
-    attention.v_proj.weight.copy_(strength * places)
-    attention.o_proj.weight.copy_(strength * places.t())
+    values.weight.copy_(strength * places)
+    output.weight.copy_(strength * places.t())
 
 
 def match_content(attention: nn.Module, places: Tensor, strength: float = 1.4) -> None:
@@ -124,5 +124,4 @@ def look_around(model: BertForSequenceClassification, theta: float = 100.0, stre
         )
         first.self.key.weight[rows, :size] = strength * torch.eye(size)
     places = torch.nn.init.orthogonal_(torch.empty_like(first.self.value.weight))
-    first.self.value.weight.copy_(0.7 * places)
-    first.output.dense.weight.copy_(0.7 * places.t())
+    copy_what_is_read(first.self.value, first.output.dense, places)

@@ -333,6 +333,21 @@ def test_heads_start_out_looking_back(recipes) -> None:
         assert weights[head, 8:].argmax(1).tolist() == list(range(7 - head, 23 - head))
 
 
+def test_an_encoders_heads_start_out_looking_around(recipes) -> None:
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=96, intermediate_size=64, num_hidden_layers=1, num_attention_heads=8,
+        max_position_embeddings=64, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    recipes.copying_init.look_around(model)
+    with torch.no_grad():
+        weights = model(torch.randint(1, 40, (1, 64)), output_attentions=True).attentions[0][0]
+    for head, distance in enumerate((1, 2, 3, 4, 5, 6, -1, -2)):
+        off = (weights[head, 8:56].argmax(1) - torch.arange(8 - distance, 56 - distance)).abs()
+        assert off.max() <= 1 and (off == 0).float().mean() > 0.6, head  # neighbours differ in size
+
+
 def test_the_language_model_recipe_runs(recipes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = RECIPES.parent / "rmt_engine"
     run(recipes.train_lm.main, "--smoke", "--text", str(text), "--out", str(tmp_path / "lm"))
