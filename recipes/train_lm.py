@@ -44,13 +44,13 @@ from transformers import (
 @dataclass(frozen=True)
 class Recipe:
     seed: int = 7
-    segment_size: int = 24
+    segment_size: int = 16  # short, so that what the memory holds is more than the text at hand
     memory_tokens: int = 8
     batch: int = 16
     bptt: int = 8  # segments with gradients in one step, at most
     horizons: tuple[int, ...] = (1, 2, 4, 8, 32)
     shares: tuple[float, ...] = (0.1, 0.1, 0.15, 0.4, 0.25)  # of the steps, for each horizon
-    steps: int = 3000
+    steps: int = 4000
     rate: float = 2e-3
     warmup: int = 100
     save_every: int = 200
