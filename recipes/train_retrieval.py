@@ -16,7 +16,8 @@ Writes `DIR/model_best/pytorch_model.bin` (the authors' names), `DIR/base/` (con
    ever older states; a second pool of states that have read nothing but noise supplies old memories into which
    something is then written. Between two steps many states read a segment without gradients: those that then answer
    worst read it once more in the next step, and what they read is read by others too. Forgetting is rare, and what is
-   learned about it is learned there.
+   learned about it is learned there. Where what is told depends on what is known (`links`), states that know nothing
+   are also kept where they start: `blank.py`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from blank import Blank
 from copying_init import look_around, small_llama
 from episodes import NOT_ASKED, EpisodeMaker, Row
 from facts_data import (
@@ -121,10 +123,13 @@ class Recipe:
     blank_size: int = 32
     lived: int = 96  # states that read a segment without gradients, each step, and a third as many that are told news
     hard: int = 5  # rows of a batch for the worst of them
+    hard_told: bool = True  # those that were told something may be the worst; else only those that had to hold on
+    quiet: float = 0.0  # weight of the distance that states that know nothing go from their rest
     fear: float = 0.2  # how often noise is some that one of those took badly
     ages_double: float = 100  # steps in which states that know nothing grow twice as old, from 4 segments on
     memory_noise: float = 0.4
     memory_mix: float = 0.25
+    noise_from: float = 0.0  # what share of both is there at the start of the pool
     noise_grows: int = 1000  # steps of the pool until both are reached
     grown_rate: float = 0.6  # times the rate: what weights that were trained before are changed with, in a deeper model
     later: float = 0.05  # how often a row that knows facts reads one more
@@ -164,15 +169,18 @@ LINKS = Recipe(
     ),
     curriculum_rate=1e-3,
     pool=Stage(0, 112, 2, lone=0.5, links=0.95, apart=0.4, distractors=0.15),
-    pool_steps=500,
+    pool_steps=4500,
     pool_rate=3e-4,
     patience=0.0,
-    renewed=0.2,
-    lived=48,
-    hard=0,  # with the worst rows, reading a second link makes it forget the first: recipes/README.md
-    memory_noise=0.2,
-    memory_mix=0.1,
-    noise_grows=1,
+    renewed=0.05,
+    lived=72,
+    hard=4,
+    hard_told=False,  # a first link takes both ends: with many of those a second one does, too
+    quiet=1.0,
+    memory_noise=0.4,
+    memory_mix=0.2,
+    noise_from=0.5,
+    noise_grows=2500,
     linked=0.3,
 )
 ENCODER = Recipe(
@@ -358,7 +366,7 @@ class Trainer:
         self.step, self.stage = 0, 0
         self.pool_states = Pool(recipe.pool_size, recipe.patience, recipe.renewed)
         self.hard: list[Hard] = []
-        self.blank = self.model.initial_memory(recipe.blank_size).detach().clone()
+        self.blank = Blank(self.model.initial_memory(recipe.blank_size))
         self.pool_steps_done = 0
         self.before: set[str] = set()  # parameters that were trained before the model grew
         kept = self.work / "state.pt"
@@ -397,7 +405,7 @@ class Trainer:
         self.before = set(state["before"])
         self.optimizer = self.new_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
-        self.blank = self.model.initial_memory(self.recipe.blank_size).detach().clone()
+        self.blank = Blank(self.model.initial_memory(self.recipe.blank_size))
         self.maker.rng = np.random.default_rng([self.recipe.seed, self.step])
 
     def new_optimizer(self) -> torch.optim.Optimizer:
@@ -420,7 +428,7 @@ class Trainer:
         load_converted(self.model, weights)
         self.average = MovingAverage(self.model, self.recipe.average)
         self.average.steps = round(10 / (1 - self.recipe.average))  # the source is an average already
-        self.blank = self.model.initial_memory(self.recipe.blank_size).detach().clone()
+        self.blank = Blank(self.model.initial_memory(self.recipe.blank_size))
 
     def update(self, loss: Tensor, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -557,9 +565,10 @@ class Trainer:
             said = self.more_news(world, lengths, int(rest))
             rows.append(self.maker.row(length, world, said, recipe.pool.distractors))
         rows += [self.maker.read_on(one.row, length) for one in hard]
-        blank = self.blank[torch.from_numpy(rng.permutation(recipe.blank_size)[:n_blank])]
+        blank = self.blank.draw(rng, n_blank)
         lived = torch.stack([pool.at(place).memory for place in old]) if old else blank[:0]
-        strong = min(1.0, self.pool_steps_done / recipe.noise_grows)
+        grown = min(1.0, self.pool_steps_done / recipe.noise_grows)
+        strong = recipe.noise_from + (1 - recipe.noise_from) * grown
         noise, mix = strong * recipe.memory_noise, strong * recipe.memory_mix
         memory = torch.cat(
             [
@@ -571,10 +580,11 @@ class Trainer:
         )
         reading = self.learner.read(memory, rows, lengths, rests)
         read = sum(lengths)
-        self.update(reading.loss, recipe.pool_rate * scale)
+        loss = reading.loss + recipe.quiet * self.unrest(noise) if recipe.quiet else reading.loss
+        self.update(loss, recipe.pool_rate * scale)
         self.settle(reading, rows[: len(places)], places, read)  # hard ones stand behind, and stay out
         self.live_on(right)
-        self.age_blank()
+        self.age_blank(right)
         for kind, part in (
             ("fresh", slice(0, n_fresh)),
             ("blank", slice(n_fresh, n_fresh + n_blank)),
@@ -590,7 +600,7 @@ class Trainer:
         worst."""
         recipe, rng, pool = self.recipe, self.maker.rng, self.pool_states
         known = pool.draw(rng, recipe.lived)
-        blank = self.blank[torch.from_numpy(rng.permutation(recipe.blank_size)[: recipe.lived // 3])]
+        blank = self.blank.draw(rng, recipe.lived // 3)
         places: list[int | None] = [*known, *[None] * len(blank)]
         memory = torch.stack([*(pool.at(place).memory for place in known), *blank])
         worlds = [*(pool.at(place).world for place in known), *[World()] * len(blank)]
@@ -600,7 +610,9 @@ class Trainer:
         self.settle(reading, rows, places, size)
         for kind, part in (("lived", slice(0, len(known))), ("told", slice(len(known), None))):
             note(right, kind, reading.right[part], reading.asked[part], 0.01)
-        for i in reading.loss.topk(min(recipe.hard, len(rows))).indices.tolist():
+        may_be = torch.tensor([recipe.hard_told or not (row.said or row.world == World()) for row in rows])
+        badly = reading.loss.masked_fill(~may_be, -1.0)
+        for i in badly.topk(min(recipe.hard, int(may_be.sum()))).indices.tolist():
             self.hard.append(Hard(memory[i], rows[i]))
             if not rows[i].said:
                 self.maker.feared.append(rows[i].ids)
@@ -627,16 +639,39 @@ class Trainer:
             if reading.asked[i] and not row.cut_at(read):
                 age = read if place is None else self.pool_states.at(place).age + read
                 state = Lived(memory[i].clone(), row.known(read), age)
+                if len(row.world.links) == 1 and len(state.world.links) == 2:
+                    place = None  # the state that knows one link stays and gets older
                 self.pool_states.settle(self.maker.rng, place, state, bool(reading.right[i]))
 
+    def noise(self, count: int, distracted: float) -> Tensor:
+        """A segment without statements for each of `count` states: int64 [count, S]."""
+        size = self.recipe.segment_size
+        rows = [self.maker.row(size, World(), [], distracted).ids for _ in range(count)]
+        return torch.from_numpy(np.stack(rows) if rows else np.zeros((0, size))).long()
+
+    def unrest(self, noise: float, count: int = 8) -> Tensor:
+        """How far states that know nothing go from their rest in a segment: some near it, those that went furthest."""
+        blank = self.blank
+        with torch.no_grad():
+            blank.rest_is(self.model.fold(self.model.initial_memory(count), self.noise(count, 0.15)))
+        near, moved = disturbed(blank.near(self.maker.rng, count), noise, 0.0), blank.moved
+        blank.moved = []
+        memory = torch.cat([near, *(one.memory[None] for one in moved)])
+        ids = torch.cat([self.noise(len(near), 0.3), *(one.ids[None] for one in moved)])
+        return blank.far(self.model.fold(memory, ids)).sum() / max(len(memory), 1)
+
     @torch.no_grad()
-    def age_blank(self) -> None:
+    def age_blank(self, right: dict[str, float]) -> None:
         """One more segment of noise for the states that know nothing; some start again."""
-        rng, blank, recipe = self.maker.rng, self.blank, self.recipe
-        rows = [self.maker.row(recipe.segment_size, World(), [], recipe.pool.distractors).ids for _ in blank]
-        blank[:] = self.model.fold(blank, torch.from_numpy(np.stack(rows).astype(np.int64)))
-        anew = torch.from_numpy(rng.random(len(blank)) < 1 / self.oldest())
-        blank[anew] = self.model.initial_memory(int(anew.sum()))
+        blank, recipe = self.blank, self.recipe
+        ids = self.noise(recipe.blank_size, recipe.pool.distractors)
+        read = self.model.fold(blank.states, ids)
+        if blank.rest is not None:
+            far = blank.note(read, ids, worst=6)
+            right["at rest"] = right.get("at rest", 1.0) + 0.03 * (1 - far - right.get("at rest", 1.0))
+        blank.states = read
+        anew = blank.leaving(self.maker.rng, self.oldest())
+        blank.states[anew] = self.model.initial_memory(int(anew.sum()))
 
     def save(self, figures: dict[str, object]) -> None:
         recipe = self.recipe

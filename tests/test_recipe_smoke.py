@@ -22,7 +22,7 @@ from rmt_engine.checkpoint.conversion import convert  # noqa: E402
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 MODULES = (
-    "facts_data", "episodes", "pool", "copying_init", "growing", "rmt_training", "train_retrieval", "lm_data",
+    "facts_data", "episodes", "pool", "blank", "copying_init", "growing", "rmt_training", "train_retrieval", "lm_data",
     "train_lm",
 )  # fmt: skip
 
@@ -145,7 +145,7 @@ def test_the_pool_goes_on_from_a_converted_decoder(decoder: Path, recipes, tmp_p
     trained = torch.load(decoder / "model_best" / "pytorch_model.bin", weights_only=True)
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, trained[name]), name
-    assert torch.equal(trainer.blank[0], trained["memory_cell.memory"])
+    assert torch.equal(trainer.blank.states[0], trained["memory_cell.memory"])
     assert trainer.tokenizer.get_vocab() == transformers.AutoTokenizer.from_pretrained(decoder / "base").get_vocab()
     trainer.curriculum()
     assert trainer.step == 0  # nothing is left of it
@@ -300,6 +300,63 @@ def test_what_states_took_worst_is_read_again(decoder: Path, recipes, tmp_path: 
     trainer.learner.live = plain
     trainer.pool_step({}, 1.0)
     assert len(trainer.hard) == 2  # those of the next step
+
+
+@pytest.fixture
+def links(decoder: Path, recipes, tmp_path: Path):
+    """A trainer of links, tiny, with nothing trained."""
+    shutil.copytree(decoder / "training", tmp_path / "training", ignore=shutil.ignore_patterns("state.pt"))
+    return recipes.train_retrieval.Trainer(
+        replace(recipes.train_retrieval.LINKS, **recipes.train_retrieval.TINY), tmp_path
+    )
+
+
+def test_states_that_know_nothing_are_kept_at_rest(links, recipes) -> None:
+    blank, rng = links.blank, np.random.default_rng(0)
+    blank.rest_is(links.model.fold(blank.states, links.noise(4, 0.0)))
+    blank.states = blank.rest.repeat(4, 1, 1)
+    blank.states[3] *= 2  # as far as the norm of the rest
+    far = blank.far(blank.states)
+    assert far[:3].max() < 1e-6 and abs(float(far[3]) - 1) < 1e-5
+    assert torch.equal(blank.near(rng, 8), blank.states[:3])
+    # One that was at rest is moved and comes back; one that was far before is not to be held.
+    read, ids = blank.states.clone(), links.noise(4, 0.0)
+    read[1] *= 1.5
+    assert blank.note(read, ids, worst=2) == 0.5
+    assert torch.equal(blank.moved[0].memory, blank.states[1]) and torch.equal(blank.moved[0].ids, ids[1])
+    assert blank.leaving(rng, oldest=1e9, share=1.0).tolist() == [False, False, False, True]
+    loss = links.unrest(0.0)
+    loss.backward()
+    assert loss > 0 and not blank.moved
+    assert all(values.grad.isfinite().all() for values in links.model.parameters() if values.grad is not None)
+    assert links.model.memory_cell.memory.grad is None  # the rest is what it is: states come to it, not it to them
+
+
+def test_only_states_that_had_to_hold_on_are_read_again(links, recipes) -> None:
+    world = recipes.facts_data.World
+    link = links.maker.writer.chain(np.random.default_rng(0), 1)[0].says
+    for place in range(links.recipe.pool_size):
+        links.pool_states.states[place] = recipes.pool.Lived(
+            links.model.initial_memory(1)[0].detach(), world(links=(link,)), 112
+        )
+    for _ in range(4):
+        links.hard = []
+        links.live_on({})
+        assert all(not one.row.said and one.row.world.links for one in links.hard)
+
+
+def test_a_state_that_knows_one_link_stays_when_it_is_told_the_second(links, recipes) -> None:
+    maker, world = links.maker, recipes.facts_data.World
+    first, second = maker.writer.chain(np.random.default_rng(0), 2)
+    memory = links.model.initial_memory(1).detach()
+    old = recipes.pool.Lived(memory[0], world(links=(first.says,)), 500)
+    links.pool_states.states[3] = old
+    row = maker.row(112, old.world, [(5, second)])
+    yes = torch.ones(1, dtype=torch.bool)
+    links.settle(recipes.train_retrieval.Reading(memory.sum(), memory + 1, yes, yes), [row], [3], 112)
+    assert links.pool_states.states[3] is old
+    new = links.pool_states.states[0]
+    assert len(new.world.links) == 2 and new.age == 612 and torch.equal(new.memory, memory[0] + 1)
 
 
 def test_a_question_stands_in_a_text_of_its_own(decoder: Path, recipes) -> None:
