@@ -647,7 +647,7 @@ class Trainer:
         """A segment without statements for each of `count` states: int64 [count, S]."""
         size = self.recipe.segment_size
         rows = [self.maker.row(size, World(), [], distracted).ids for _ in range(count)]
-        return torch.from_numpy(np.stack(rows) if rows else np.zeros((0, size))).long()
+        return torch.from_numpy(np.stack(rows)).long()
 
     def unrest(self, noise: float, count: int = 8) -> Tensor:
         """How far states that know nothing go from their rest in a segment: some near it, those that went furthest."""
@@ -657,8 +657,10 @@ class Trainer:
         near, moved = disturbed(blank.near(self.maker.rng, count), noise, 0.0), blank.moved
         blank.moved = []
         memory = torch.cat([near, *(one.memory[None] for one in moved)])
-        ids = torch.cat([self.noise(len(near), 0.3), *(one.ids[None] for one in moved)])
-        return blank.far(self.model.fold(memory, ids)).sum() / max(len(memory), 1)
+        if not len(memory):  # at the start all are where nothing has been read yet
+            return memory.sum()
+        ids = torch.cat([self.noise(count, 0.3)[: len(near)], *(one.ids[None] for one in moved)])
+        return blank.far(self.model.fold(memory, ids)).mean()
 
     @torch.no_grad()
     def age_blank(self, right: dict[str, float]) -> None:

@@ -332,6 +332,13 @@ def test_states_that_know_nothing_are_kept_at_rest(links, recipes) -> None:
     assert links.model.memory_cell.memory.grad is None  # the rest is what it is: states come to it, not it to them
 
 
+def test_the_pool_of_links_trains_from_its_first_step(links) -> None:
+    right: dict[str, float] = {}
+    for _ in range(3):
+        assert links.pool_step(right, 1.0).loss.isfinite()
+    assert 0 <= right["at rest"] <= 1 and right["blank"] >= 0
+
+
 def test_only_states_that_had_to_hold_on_are_read_again(links, recipes) -> None:
     world = recipes.facts_data.World
     link = links.maker.writer.chain(np.random.default_rng(0), 1)[0].says
