@@ -49,17 +49,17 @@ class Blank:
         near = (self.far(self.states) < FAR).nonzero()[:, 0].numpy()
         return self.states[torch.from_numpy(rng.permutation(near)[:count])]
 
-    def note(self, read: Tensor, ids: Tensor, worst: int) -> float:
-        """read: the states after one more segment, ids [B, S]. Keeps the `worst` moves away from rest.
+    def keep_worst(self, read: Tensor, ids: Tensor, count: int) -> Tensor:
+        """read: the states after one more segment, ids [B, S]. Keeps up to `count` moves that went furthest from rest.
 
-        -> the share of states that are far from it.
+        -> those that are at rest, bool [B].
         """
         before, after = self.far(self.states), self.far(read)
         moves = torch.where(before < FAR, after - before, -1.0)
-        for i in moves.topk(min(worst, len(moves))).indices.tolist():
+        for i in moves.topk(min(count, len(moves))).indices.tolist():
             if moves[i] > 0:
                 self.moved.append(Moved(self.states[i].clone(), ids[i]))
-        return float((after > FAR).float().mean())
+        return after < FAR
 
     def leaving(self, rng: np.random.Generator, oldest: float, share: float = 0.2) -> Tensor:
         """The states that start again, bool [B]: one in `oldest`, and a share of those that are far from rest. The

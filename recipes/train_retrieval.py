@@ -17,7 +17,7 @@ Writes `DIR/model_best/pytorch_model.bin` (the authors' names), `DIR/base/` (con
    something is then written. Between two steps many states read a segment without gradients: those that then answer
    worst read it once more in the next step, and what they read is read by others too. Forgetting is rare, and what is
    learned about it is learned there. Where what is told depends on what is known (`links`), states that know nothing
-   are also kept where they start: `blank.py`.
+   are also kept where the first noise puts them: `blank.py`.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Recipe:
     lived: int = 96  # states that read a segment without gradients, each step, and a third as many that are told news
     hard: int = 5  # rows of a batch for the worst of them
     hard_told: bool = True  # those that were told something may be the worst; else only those that had to hold on
-    quiet: float = 0.0  # weight of the distance that states that know nothing go from their rest
+    quiet: float = 0.0  # weight of the squared distance of states that know nothing from their rest
     fear: float = 0.2  # how often noise is some that one of those took badly
     ages_double: float = 100  # steps in which states that know nothing grow twice as old, from 4 segments on
     memory_noise: float = 0.4
@@ -366,7 +366,6 @@ class Trainer:
         self.step, self.stage = 0, 0
         self.pool_states = Pool(recipe.pool_size, recipe.patience, recipe.renewed)
         self.hard: list[Hard] = []
-        self.blank = Blank(self.model.initial_memory(recipe.blank_size))
         self.pool_steps_done = 0
         self.before: set[str] = set()  # parameters that were trained before the model grew
         kept = self.work / "state.pt"
@@ -383,7 +382,7 @@ class Trainer:
         return round(time.time() - self.started, 1)
 
     def keep(self) -> None:
-        """What a later run with the same `--out` goes on from. The pool of states is grown anew."""
+        """What a later run with the same `--out` goes on from. Memory states are grown anew."""
         state = {
             "step": self.step,
             "stage": self.stage,
@@ -405,7 +404,6 @@ class Trainer:
         self.before = set(state["before"])
         self.optimizer = self.new_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
-        self.blank = Blank(self.model.initial_memory(self.recipe.blank_size))
         self.maker.rng = np.random.default_rng([self.recipe.seed, self.step])
 
     def new_optimizer(self) -> torch.optim.Optimizer:
@@ -428,7 +426,6 @@ class Trainer:
         load_converted(self.model, weights)
         self.average = MovingAverage(self.model, self.recipe.average)
         self.average.steps = round(10 / (1 - self.recipe.average))  # the source is an average already
-        self.blank = Blank(self.model.initial_memory(self.recipe.blank_size))
 
     def update(self, loss: Tensor, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -527,8 +524,7 @@ class Trainer:
         recipe = self.recipe
         right: dict[str, float] = {}
         self.maker.fear = recipe.fear
-        if not self.pool_steps_done:  # the curriculum's rate shakes the weights: their average is the better start
-            self.model.load_state_dict(self.average.values, strict=False)
+        self.begin_pool()
         while self.pool_steps_done < recipe.pool_steps:
             done = self.pool_steps_done / recipe.pool_steps
             reading = self.pool_step(right, min(1.0, (self.pool_steps_done + 1) / 20) * min(1.0, 2 * (1 - done)))
@@ -543,8 +539,14 @@ class Trainer:
             if self.step % recipe.save_every == 0 or self.pool_steps_done == recipe.pool_steps:
                 self.save({"phase": 2, "steps": self.step, "right_in_training": dict(right)})
 
+    def begin_pool(self) -> None:
+        if not self.pool_steps_done:  # the curriculum's rate shakes the weights: their average is the better start
+            self.model.load_state_dict(self.average.values, strict=False)
+        self.blank = Blank(self.model.initial_memory(self.recipe.blank_size))
+
     def pool_step(self, right: dict[str, float], scale: float) -> Reading:
-        """One batch of fresh, blank and old states. `right` keeps a running share of right answers of each kind."""
+        """One batch of fresh, blank and old states. `right` keeps a running share of right answers of each kind, and of
+        states that know nothing and are at rest."""
         recipe, rng, pool = self.recipe, self.maker.rng, self.pool_states
         hard, self.hard = self.hard, []
         n_blank = max(recipe.batch // 4, 1)
@@ -634,14 +636,20 @@ class Trainer:
         return min(4 * 2 ** (self.pool_steps_done / self.recipe.ages_double), 1600)
 
     def settle(self, reading: Reading, rows: list[Row], places: list[int | None], read: int) -> None:
-        memory = reading.memory.detach()
+        """Puts what the states have become into the pool, the new ones last: they may take a place."""
+        memory, new = reading.memory.detach(), []
         for i, (row, place) in enumerate(zip(rows, places, strict=True)):
-            if reading.asked[i] and not row.cut_at(read):
-                age = read if place is None else self.pool_states.at(place).age + read
-                state = Lived(memory[i].clone(), row.known(read), age)
-                if len(row.world.links) == 1 and len(state.world.links) == 2:
-                    place = None  # the state that knows one link stays and gets older
-                self.pool_states.settle(self.maker.rng, place, state, bool(reading.right[i]))
+            if not reading.asked[i] or row.cut_at(read):
+                continue
+            age = read if place is None else self.pool_states.at(place).age + read
+            state, right = Lived(memory[i].clone(), row.known(read), age), bool(reading.right[i])
+            # A state that knows one link stays as it was: what it becomes with a second is a new one.
+            if place is None or len(row.world.links) < len(state.world.links):
+                new.append((state, right))
+            else:
+                self.pool_states.settle(self.maker.rng, place, state, right)
+        for state, right in new:
+            self.pool_states.settle(self.maker.rng, None, state, right)
 
     def noise(self, count: int, distracted: float) -> Tensor:
         """A segment without statements for each of `count` states: int64 [count, S]."""
@@ -669,8 +677,8 @@ class Trainer:
         ids = self.noise(recipe.blank_size, recipe.pool.distractors)
         read = self.model.fold(blank.states, ids)
         if blank.rest is not None:
-            far = blank.note(read, ids, worst=6)
-            right["at rest"] = right.get("at rest", 1.0) + 0.03 * (1 - far - right.get("at rest", 1.0))
+            stays = blank.keep_worst(read, ids, 6)
+            note(right, "at rest", stays, torch.ones_like(stays))
         blank.states = read
         anew = blank.leaving(self.maker.rng, self.oldest())
         blank.states[anew] = self.model.initial_memory(int(anew.sum()))

@@ -145,6 +145,7 @@ def test_the_pool_goes_on_from_a_converted_decoder(decoder: Path, recipes, tmp_p
     trained = torch.load(decoder / "model_best" / "pytorch_model.bin", weights_only=True)
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, trained[name]), name
+    trainer.begin_pool()
     assert torch.equal(trainer.blank.states[0], trained["memory_cell.memory"])
     assert trainer.tokenizer.get_vocab() == transformers.AutoTokenizer.from_pretrained(decoder / "base").get_vocab()
     trainer.curriculum()
@@ -289,6 +290,7 @@ def test_what_states_took_worst_is_read_again(decoder: Path, recipes, tmp_path: 
     worst = {}
     plain = trainer.learner.live
     trainer.learner.live = lambda memory, rows: worst.setdefault("of", (memory, plain(memory, rows)))[1]
+    trainer.begin_pool()
     trainer.live_on({})
     memory, reading = worst["of"]
     order = reading.loss.argsort(descending=True)[:2].tolist()
@@ -304,14 +306,15 @@ def test_what_states_took_worst_is_read_again(decoder: Path, recipes, tmp_path: 
 
 @pytest.fixture
 def links(decoder: Path, recipes, tmp_path: Path):
-    """A trainer of links, tiny, with nothing trained."""
+    """A trainer of links, tiny, with nothing trained, at the start of its pool."""
     shutil.copytree(decoder / "training", tmp_path / "training", ignore=shutil.ignore_patterns("state.pt"))
-    return recipes.train_retrieval.Trainer(
-        replace(recipes.train_retrieval.LINKS, **recipes.train_retrieval.TINY), tmp_path
-    )
+    recipe = replace(recipes.train_retrieval.LINKS, **recipes.train_retrieval.TINY)
+    trainer = recipes.train_retrieval.Trainer(recipe, tmp_path)
+    trainer.begin_pool()
+    return trainer
 
 
-def test_states_that_know_nothing_are_kept_at_rest(links, recipes) -> None:
+def test_states_that_know_nothing_are_kept_at_rest(links) -> None:
     blank, rng = links.blank, np.random.default_rng(0)
     blank.rest_is(links.model.fold(blank.states, links.noise(4, 0.0)))
     blank.states = blank.rest.repeat(4, 1, 1)
@@ -319,51 +322,62 @@ def test_states_that_know_nothing_are_kept_at_rest(links, recipes) -> None:
     far = blank.far(blank.states)
     assert far[:3].max() < 1e-6 and abs(float(far[3]) - 1) < 1e-5
     assert torch.equal(blank.near(rng, 8), blank.states[:3])
-    # One that was at rest is moved and comes back; one that was far before is not to be held.
     read, ids = blank.states.clone(), links.noise(4, 0.0)
     read[1] *= 1.5
-    assert blank.note(read, ids, worst=2) == 0.5
-    assert torch.equal(blank.moved[0].memory, blank.states[1]) and torch.equal(blank.moved[0].ids, ids[1])
+    read[3] *= 1.5  # was far before: it holds something, and is not to be held back
+    assert blank.keep_worst(read, ids, 2).tolist() == [True, False, True, False]
+    (moved,) = blank.moved
+    assert torch.equal(moved.memory, blank.states[1]) and torch.equal(moved.ids, ids[1])
     assert blank.leaving(rng, oldest=1e9, share=1.0).tolist() == [False, False, False, True]
     loss = links.unrest(0.0)
     loss.backward()
     assert loss > 0 and not blank.moved
-    assert all(values.grad.isfinite().all() for values in links.model.parameters() if values.grad is not None)
-    assert links.model.memory_cell.memory.grad is None  # the rest is what it is: states come to it, not it to them
+    gradients = [values.grad for values in links.model.parameters() if values.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+    assert links.model.memory_cell.memory.grad is None  # states come to their rest, not the rest to them
 
 
-def test_the_pool_of_links_trains_from_its_first_step(links) -> None:
-    right: dict[str, float] = {}
-    for _ in range(3):
-        assert links.pool_step(right, 1.0).loss.isfinite()
-    assert 0 <= right["at rest"] <= 1 and right["blank"] >= 0
+def test_the_pool_of_links_trains_from_its_first_step(links, monkeypatch: pytest.MonkeyPatch) -> None:
+    unrest, plain = [], links.unrest
+    monkeypatch.setattr(links, "unrest", lambda noise: unrest.append(plain(noise)) or unrest[-1])
+    before, right = links.model.memory_cell.memory.detach().clone(), {}
+    links.pool_step(right, 1.0)
+    links.blank.states[:2] = links.blank.rest  # an untrained model's do not come near it
+    links.pool_step(right, 1.0)
+    assert unrest[0] == 0  # at the start no state has read anything
+    assert unrest[1] > 0 and unrest[1].isfinite()
+    assert not torch.equal(links.model.memory_cell.memory, before)
+    assert 0 <= right["at rest"] < 1
 
 
 def test_only_states_that_had_to_hold_on_are_read_again(links, recipes) -> None:
     world = recipes.facts_data.World
     link = links.maker.writer.chain(np.random.default_rng(0), 1)[0].says
-    for place in range(links.recipe.pool_size):
-        links.pool_states.states[place] = recipes.pool.Lived(
-            links.model.initial_memory(1)[0].detach(), world(links=(link,)), 112
-        )
+    hard = []
     for _ in range(4):
+        for place in range(links.recipe.pool_size):
+            memory = links.model.initial_memory(1)[0].detach()
+            links.pool_states.states[place] = recipes.pool.Lived(memory, world(links=(link,)), 112)
         links.hard = []
         links.live_on({})
-        assert all(not one.row.said and one.row.world.links for one in links.hard)
+        hard += links.hard
+    assert hard and all(not one.row.said and one.row.world.links for one in hard)
 
 
-def test_a_state_that_knows_one_link_stays_when_it_is_told_the_second(links, recipes) -> None:
+@pytest.mark.parametrize("right", [True, False])
+def test_a_state_that_knows_one_link_stays_when_it_is_told_the_second(links, recipes, right: bool) -> None:
     maker, world = links.maker, recipes.facts_data.World
     first, second = maker.writer.chain(np.random.default_rng(0), 2)
     memory = links.model.initial_memory(1).detach()
     old = recipes.pool.Lived(memory[0], world(links=(first.says,)), 500)
     links.pool_states.states[3] = old
     row = maker.row(112, old.world, [(5, second)])
-    yes = torch.ones(1, dtype=torch.bool)
-    links.settle(recipes.train_retrieval.Reading(memory.sum(), memory + 1, yes, yes), [row], [3], 112)
+    asked = torch.ones(1, dtype=torch.bool)
+    reading = recipes.train_retrieval.Reading(memory.sum(), memory + 1, asked & right, asked)
+    links.settle(reading, [row], [3], 112)
     assert links.pool_states.states[3] is old
-    new = links.pool_states.states[0]
-    assert len(new.world.links) == 2 and new.age == 612 and torch.equal(new.memory, memory[0] + 1)
+    others = [state for state in links.pool_states.states if state is not None and state is not old]
+    assert [(len(state.world.links), state.age) for state in others] == [(2, 612)] * right
 
 
 def test_a_question_stands_in_a_text_of_its_own(decoder: Path, recipes) -> None:
