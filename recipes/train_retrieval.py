@@ -23,20 +23,18 @@ Writes `DIR/model_best/pytorch_model.bin` (the authors' names), `DIR/base/` (con
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from blank import Blank
-from copying_init import look_around, small_llama
-from episodes import NOT_ASKED, EpisodeMaker, Row
+from episodes import EpisodeMaker, Row
 from facts_data import (
     ASK_TEMPLATE,
     NoiseBank,
@@ -47,152 +45,16 @@ from facts_data import (
     train_tokenizer,
 )
 from growing import directions_named, grown, layers_of
+from learners import Decoder, Encoder, Reading, note
 from pool import Hard, Lived, Pool, disturbed
-from rmt_training import (
-    MovingAverage,
-    RecurrentDecoder,
-    RecurrentEncoder,
-    load_converted,
-    log,
-    save_checkpoint,
-    save_whole,
-)
+from retrieval_settings import RECIPES, TINY, Recipe, Stage
+from rmt_training import MovingAverage, load_converted, log, save_checkpoint, save_whole
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 from rmt_engine import checkpoint
 from rmt_engine.evaluation.facts import NAMES, ROOMS
 from rmt_engine.evaluation.noise import is_held_out, python_sources
-
-
-@dataclass(frozen=True)
-class Stage:
-    """segments: as many at most are folded before the last; size: tokens of one; facts: as many names at most, `fewest`
-    at least, but one in a share of `lone`; links: the share of rows with `chain` links in place of facts, of which
-    `turned` are told from the other end; again: how often a name's room changes; apart: how
-    often a second link is left for a later step; distractors: the share of rows with sentences that look like
-    statements; enough: right answers, to go on; rate: times the curriculum's."""
-
-    segments: int
-    size: int
-    facts: int
-    fewest: int = 1
-    lone: float = 0.0
-    links: float = 0.0
-    chain: int = 2
-    turned: float = 0.5
-    again: float = 0.0
-    apart: float = 0.0
-    distractors: float = 0.25
-    enough: float = 0.93
-    rate: float = 1.0
-
-
-@dataclass
-class Recipe:
-    kind: str = "decoder"
-    seed: int = 7
-    data_seed: int = 7  # of the tokenizer and the noise
-    segment_size: int = 112
-    memory_tokens: int = 8
-    layers: int = 3
-    heads: int = 8
-    width: int = 128
-    inner: int = 256
-    positions: int = 256
-    rope_theta: float = 100.0
-    vocab_size: int = 2048
-    batch: int = 24
-    questions: int = 2
-    warmup: int = 50
-    curriculum_rate: float = 2e-3
-    curriculum_steps: int = 9000  # at most; ends once every stage is learned
-    stages: tuple[Stage, ...] = ()
-    pool: Stage = Stage(0, 117, 1)
-    pool_rate: float = 1e-3
-    pool_steps: int = 4300
-    pool_size: int = 192
-    patience: float = 0.5  # how often a state that answered wrong stays in the pool
-    renewed: float = 0.05  # how often a new state takes another's place where none is free
-    blank_size: int = 32
-    lived: int = 96  # states that read a segment without gradients, each step, and a third as many that are told news
-    hard: int = 5  # rows of a batch for the worst of them
-    hard_told: bool = True  # those that were told something may be the worst; else only those that had to hold on
-    quiet: float = 0.0  # weight of the squared distance of states that know nothing from their rest
-    fear: float = 0.2  # how often noise is some that one of those took badly
-    ages_double: float = 100  # steps in which states that know nothing grow twice as old, from 4 segments on
-    memory_noise: float = 0.4
-    memory_mix: float = 0.25
-    noise_from: float = 0.0  # what share of both is there at the start of the pool
-    noise_grows: int = 1000  # steps of the pool until both are reached
-    grown_rate: float = 0.6  # times the rate: what weights that were trained before are changed with, in a deeper model
-    later: float = 0.05  # how often a row that knows facts reads one more
-    linked: float = 0.1  # how often a row that knows one link reads the second
-    cut: float = 0.3  # how often a statement is put where a border may cut it
-    average: float = 0.995
-    save_every: int = 100
-    max_files: int = 0  # 0: all
-
-
-# Where people are, in two layers: a look back, then a lookup.
-FACTS = Recipe(
-    layers=2,
-    stages=(
-        # Two facts, no fewer: the room of a lone one is known without looking who is asked for.
-        Stage(0, 32, 2, fewest=2, distractors=0.0),
-        Stage(0, 48, 4, fewest=2, distractors=0.0),
-        Stage(1, 48, 4, fewest=2, distractors=0.0),
-        Stage(1, 48, 4),
-        Stage(1, 112, 4, again=0.1),
-        Stage(2, 112, 4, again=0.1, enough=0.8),  # the pool teaches the rest
-    ),
-    pool=Stage(0, 112, 4, lone=0.6, again=0.05, distractors=0.15),
-    cut=0.5,
-)
-# How rooms lie, in three: two do not learn whether the asked direction is the told one or its opposite. A few texts
-# about people keep what a model of people knows, from which it starts.
-LINKS = Recipe(
-    layers=3,
-    stages=(
-        Stage(0, 32, 2, links=0.85, chain=1, distractors=0.0),
-        Stage(1, 48, 2, lone=0.5, links=0.85, chain=1, distractors=0.0),
-        Stage(1, 48, 2, lone=0.5, links=0.85, apart=0.2, distractors=0.0),
-        # The second link in a later segment: the memory has to be read while it is written.
-        Stage(3, 48, 2, lone=0.5, links=0.9, apart=0.05, enough=0.97),
-        Stage(3, 112, 2, lone=0.5, links=0.9, apart=0.1, enough=0.95),
-    ),
-    curriculum_rate=1e-3,
-    pool=Stage(0, 112, 2, lone=0.5, links=0.95, apart=0.4, distractors=0.15),
-    pool_steps=4500,
-    pool_rate=3e-4,
-    patience=0.0,
-    renewed=0.05,
-    lived=72,
-    hard=4,
-    hard_told=False,  # a first link takes both ends: with many of those a second one does, too
-    quiet=1.0,
-    memory_noise=0.4,
-    memory_mix=0.2,
-    noise_from=0.5,
-    noise_grows=2500,
-    linked=0.3,
-)
-ENCODER = Recipe(
-    kind="encoder", segment_size=117, layers=2, heads=8, width=96, inner=192, positions=128, batch=32,
-    curriculum_rate=1e-3, average=0.998, later=0.0, pool_steps=1500,
-    stages=(Stage(0, 117, 1), Stage(1, 117, 1), Stage(2, 117, 1), Stage(3, 117, 1)),
-)  # fmt: skip
-RECIPES = {"facts": FACTS, "links": LINKS, "encoder": ENCODER}
-TINY = {
-    "layers": 2, "width": 32, "heads": 2, "inner": 48, "vocab_size": 700, "batch": 4, "curriculum_steps": 4,
-    "pool_steps": 4, "pool_size": 8, "blank_size": 4, "lived": 4, "hard": 1, "save_every": 4, "max_files": 24,
-}  # fmt: skip
 
 
 def build_tokenizer_and_noise(recipe: Recipe, source: Path | None) -> tuple[PreTrainedTokenizerFast, NoiseBank]:
@@ -207,141 +69,6 @@ def build_tokenizer_and_noise(recipe: Recipe, source: Path | None) -> tuple[PreT
     else:
         tokenizer = train_tokenizer([*shown, *tokenizer_sentences()], recipe.vocab_size)
     return tokenizer, NoiseBank(texts, tokenizer, recipe.data_seed)
-
-
-def build_decoder(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    return small_llama(
-        tokenizer,
-        layers=recipe.layers,
-        heads=recipe.heads,
-        width=recipe.width,
-        inner=recipe.inner,
-        positions=recipe.positions,
-        theta=recipe.rope_theta,
-    )
-
-
-def build_encoder(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> BertForSequenceClassification:
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.width,
-        intermediate_size=recipe.inner,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        max_position_embeddings=recipe.positions,
-        pad_token_id=tokenizer.pad_token_id,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        id2label=dict(enumerate(ROOMS)),
-        label2id={room: i for i, room in enumerate(ROOMS)},
-    )
-    model = BertForSequenceClassification(config)
-    look_around(model)
-    return model
-
-
-@dataclass
-class Reading:
-    loss: Tensor
-    memory: Tensor  # [B, M, E] after the segments
-    right: Tensor  # bool [B]: every question after the last segment answered right
-    asked: Tensor  # bool [B]
-
-
-class Decoder:
-    """Folds segments and asks after each, then once more behind the rests."""
-
-    def __init__(self, recipe: Recipe, maker: EpisodeMaker, tokenizer: PreTrainedTokenizerFast) -> None:
-        backbone = build_decoder(recipe, tokenizer)
-        self.base_config = json.loads(backbone.config.to_json_string(use_diff=False))
-        self.model = RecurrentDecoder(backbone, recipe.memory_tokens)
-        self.maker, self.questions = maker, recipe.questions
-
-    def read(self, memory: Tensor, rows: list[Row], lengths: list[int], rests: np.ndarray) -> Reading:
-        texts = torch.from_numpy(np.stack([row.ids for row in rows]).astype(np.int64))
-        nothing, position, losses = np.zeros_like(rests), 0, []
-        right = asked = torch.zeros(len(rows), dtype=torch.bool)
-        for length in lengths:
-            memory = self.model.fold(memory, texts[:, position : position + length])
-            position += length
-            loss, right, asked = self._ask(memory, rows, position, nothing, self.questions)
-            losses.append(loss.sum())
-        if rests.any() or not lengths:
-            loss, right_behind, asked_behind = self._ask(memory, rows, position, rests, self.questions)
-            losses.append(loss.sum())
-            if not lengths:
-                right, asked = right_behind, asked_behind
-        return Reading(torch.stack(losses).mean(), memory, right, asked)
-
-    def live(self, memory: Tensor, rows: list[Row]) -> Reading:
-        """One segment, and questions after it; the losses are those of each row [B]."""
-        ids = torch.from_numpy(np.stack([row.ids for row in rows]).astype(np.int64))
-        memory = self.model.fold(memory, ids)
-        nothing = np.zeros(len(rows), dtype=np.int64)
-        loss, right, asked = self._ask(memory, rows, ids.shape[1], nothing, self.questions)
-        return Reading(loss, memory, right, asked)
-
-    def _ask(
-        self, memory: Tensor, rows: list[Row], position: int, rests: np.ndarray, questions: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        asks = self.maker.asks(rows, position, rests, questions)
-        if not len(asks.ids):
-            nobody = torch.zeros(len(rows), dtype=torch.bool)
-            return memory.sum((1, 2)) * 0, nobody, nobody
-        logits = self.model.answering(memory[asks.of], asks.ids, asks.rows)
-        return graded(logits, asks.targets, asks.of, len(rows))
-
-
-class Encoder:
-    """Folds segments, some of which end in a question, and has each classified."""
-
-    def __init__(self, recipe: Recipe, maker: EpisodeMaker, tokenizer: PreTrainedTokenizerFast) -> None:
-        backbone = build_encoder(recipe, tokenizer)
-        self.base_config = json.loads(backbone.config.to_json_string(use_diff=False))
-        self.model = RecurrentEncoder(backbone, recipe.memory_tokens, tokenizer.cls_token_id, tokenizer.sep_token_id)
-        self.maker = maker
-
-    def read(self, memory: Tensor, rows: list[Row], lengths: list[int], rests: np.ndarray) -> Reading:
-        losses, position = [], 0
-        right = asked = torch.zeros(len(rows), dtype=torch.bool)
-        for length in lengths:
-            loss, memory, right, asked = self._segment(memory, rows, position, position + length)
-            position += length
-            losses.append(loss.sum())
-        return Reading(torch.stack(losses).mean(), memory, right, asked)
-
-    def live(self, memory: Tensor, rows: list[Row]) -> Reading:
-        """One segment, some of which end in a question; the losses are those of each row [B]."""
-        return Reading(*self._segment(memory, rows, 0, len(rows[0].ids)))
-
-    def _segment(self, memory: Tensor, rows: list[Row], start: int, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        made = [self.maker.asked_in_text(row, start, end, share=0.6) for row in rows]
-        logits, memory = self.model.segment(memory, torch.from_numpy(np.stack([ids for ids, _ in made])).long())
-        targets = torch.tensor([[label] for _, label in made])
-        loss, right, asked = graded(logits[:, None], targets, torch.arange(len(rows)), len(rows))
-        return loss, memory, right, asked
-
-
-def graded(logits: Tensor, targets: Tensor, of: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What is asked of row `of` [A] of a batch, logits [A, R, V], targets [A, R], NOT_ASKED where nothing is.
-
-    -> what each row adds to the mean loss over the targets [rows], rows that have them all right, rows that were asked
-    at all (bool [rows] each).
-    """
-    wanted = targets != NOT_ASKED
-    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NOT_ASKED, reduction="none")
-    losses = torch.zeros(rows).index_add(0, of, each.view_as(targets).sum(1))
-    wrong = (wanted & (logits.argmax(2) != targets)).any(1)
-    asked = torch.zeros(rows, dtype=torch.long).index_add_(0, of, wanted.any(1).long()) > 0
-    failed = torch.zeros(rows, dtype=torch.long).index_add_(0, of, wrong.long()) > 0
-    return losses / wanted.sum().clamp(min=1), asked & ~failed, asked
-
-
-def note(right: dict[str, float], kind: str, rows: Tensor, asked: Tensor, weight: float = 0.03) -> None:
-    """Keeps a running share of the rows that are right, of those that were asked."""
-    if asked.any():
-        now = float(rows[asked].float().mean())
-        right[kind] = right.get(kind, now) + weight * (now - right.get(kind, now))
 
 
 class Trainer:

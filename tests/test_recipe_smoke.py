@@ -22,8 +22,8 @@ from rmt_engine.checkpoint.conversion import convert  # noqa: E402
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 MODULES = (
-    "facts_data", "episodes", "pool", "blank", "copying_init", "growing", "rmt_training", "train_retrieval", "lm_data",
-    "train_lm",
+    "facts_data", "episodes", "pool", "blank", "copying_init", "growing", "rmt_training", "retrieval_settings",
+    "learners", "train_retrieval", "lm_data", "train_lm",
 )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_the_engine_computes_what_the_encoder_was_trained_on(encoder: Path, reci
 
 
 def test_a_run_that_was_cut_off_goes_on(decoder: Path, recipes) -> None:
-    recipe = replace(recipes.train_retrieval.FACTS, **recipes.train_retrieval.TINY)
+    recipe = replace(recipes.retrieval_settings.FACTS, **recipes.retrieval_settings.TINY)
     resumed = recipes.train_retrieval.Trainer(recipe, decoder)
     assert (resumed.step, resumed.pool_steps_done) == (8, 4)
     figures = json.loads((decoder / "recipe.json").read_text())["figures"]
@@ -140,7 +140,7 @@ def test_a_run_that_was_cut_off_goes_on(decoder: Path, recipes) -> None:
 def test_the_pool_goes_on_from_a_converted_decoder(decoder: Path, recipes, tmp_path: Path) -> None:
     model = tmp_path / "model"
     convert(decoder / "model_best", model, decoder / "base", segment_size=112)
-    recipe = replace(recipes.train_retrieval.FACTS, **recipes.train_retrieval.TINY)
+    recipe = replace(recipes.retrieval_settings.FACTS, **recipes.retrieval_settings.TINY)
     trainer = recipes.train_retrieval.Trainer(recipe, tmp_path / "more", model)
     trained = torch.load(decoder / "model_best" / "pytorch_model.bin", weights_only=True)
     for name, value in trainer.model.state_dict().items():
@@ -161,12 +161,12 @@ def test_the_pool_goes_on_from_a_converted_decoder(decoder: Path, recipes, tmp_p
 def test_the_pool_goes_on_from_a_converted_encoder(encoder: Path, recipes, tmp_path: Path) -> None:
     model = tmp_path / "model"
     convert(encoder / "model_best", model, encoder / "base", segment_size=117)
-    recipe = replace(recipes.train_retrieval.ENCODER, **recipes.train_retrieval.TINY)
+    recipe = replace(recipes.retrieval_settings.ENCODER, **recipes.retrieval_settings.TINY)
     trainer = recipes.train_retrieval.Trainer(recipe, tmp_path / "more", model)
     trained = torch.load(encoder / "model_best" / "pytorch_model.bin", weights_only=True)
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, trained[name]), name
-    decoder = replace(recipes.train_retrieval.FACTS, **recipes.train_retrieval.TINY)
+    decoder = replace(recipes.retrieval_settings.FACTS, **recipes.retrieval_settings.TINY)
     with pytest.raises(ValueError, match="other parameters than --kind"):
         recipes.train_retrieval.Trainer(decoder, tmp_path / "decoder", model)
 
@@ -174,10 +174,10 @@ def test_the_pool_goes_on_from_a_converted_encoder(encoder: Path, recipes, tmp_p
 def test_a_grown_model_computes_the_same_with_directions_for_names(decoder: Path, recipes, tmp_path: Path) -> None:
     model = tmp_path / "model"
     convert(decoder / "model_best", model, decoder / "base", segment_size=112)
-    recipe = replace(recipes.train_retrieval.LINKS, **{**recipes.train_retrieval.TINY, "layers": 3})
+    recipe = replace(recipes.retrieval_settings.LINKS, **{**recipes.retrieval_settings.TINY, "layers": 3})
     trainer = recipes.train_retrieval.Trainer(recipe, tmp_path / "links", model)
     people = recipes.train_retrieval.Trainer(
-        replace(recipes.train_retrieval.FACTS, **recipes.train_retrieval.TINY), tmp_path / "people", model
+        replace(recipes.retrieval_settings.FACTS, **recipes.retrieval_settings.TINY), tmp_path / "people", model
     )
     said, turned = (
         torch.tensor([trainer.tokenizer.encode(text)])
@@ -280,8 +280,8 @@ def test_noise_that_was_taken_badly_is_read_by_others(decoder: Path, recipes) ->
 
 def test_what_states_took_worst_is_read_again(decoder: Path, recipes, tmp_path: Path) -> None:
     shutil.copytree(decoder / "training", tmp_path / "training", ignore=shutil.ignore_patterns("state.pt"))
-    sizes = {**recipes.train_retrieval.TINY, "hard": 2, "lived": 8, "blank_size": 4}
-    recipe = replace(recipes.train_retrieval.FACTS, **sizes)
+    sizes = {**recipes.retrieval_settings.TINY, "hard": 2, "lived": 8, "blank_size": 4}
+    recipe = replace(recipes.retrieval_settings.FACTS, **sizes)
     trainer = recipes.train_retrieval.Trainer(recipe, tmp_path)
     pool, world = trainer.pool_states, recipes.facts_data.World().told((0, 1))
     for place in range(8):
@@ -308,7 +308,7 @@ def test_what_states_took_worst_is_read_again(decoder: Path, recipes, tmp_path: 
 def links(decoder: Path, recipes, tmp_path: Path):
     """A trainer of links, tiny, with nothing trained, at the start of its pool."""
     shutil.copytree(decoder / "training", tmp_path / "training", ignore=shutil.ignore_patterns("state.pt"))
-    recipe = replace(recipes.train_retrieval.LINKS, **recipes.train_retrieval.TINY)
+    recipe = replace(recipes.retrieval_settings.LINKS, **recipes.retrieval_settings.TINY)
     trainer = recipes.train_retrieval.Trainer(recipe, tmp_path)
     trainer.begin_pool()
     return trainer
@@ -373,7 +373,7 @@ def test_a_state_that_knows_one_link_stays_when_it_is_told_the_second(links, rec
     links.pool_states.states[3] = old
     row = maker.row(112, old.world, [(5, second)])
     asked = torch.ones(1, dtype=torch.bool)
-    reading = recipes.train_retrieval.Reading(memory.sum(), memory + 1, asked & right, asked)
+    reading = recipes.learners.Reading(memory.sum(), memory + 1, asked & right, asked)
     links.settle(reading, [row], [3], 112)
     assert links.pool_states.states[3] is old
     others = [state for state in links.pool_states.states if state is not None and state is not old]
