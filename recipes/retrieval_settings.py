@@ -103,7 +103,7 @@ LINKS = Recipe(
     ),
     curriculum_rate=1e-3,
     pool=Stage(0, 112, 2, lone=0.5, links=0.95, apart=0.4, distractors=0.15),
-    pool_steps=4500,
+    pool_steps=3600,
     pool_rate=3e-4,
     patience=0.0,
     renewed=0.05,
