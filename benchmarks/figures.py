@@ -94,24 +94,9 @@ def long_figure(name: str) -> Figure:
     return figure
 
 
-def alone(name: str) -> list[Row]:
-    """A result of `length.py` as rows of the engine."""
-    data = json.loads((HERE / "results" / name).read_text(encoding="utf-8"))
-    return [
-        {
-            "tokens": row["tokens"],
-            "results": [{"name": "rmt-engine", "median": row["seconds"], "memory": row["rss_anon_late"]}],
-        }
-        for row in data["rows"]
-    ]
-
-
-def context_figure(names: Sequence[str], longer: str) -> Figure:
-    """Seconds and memory over the length of one stream beside the baselines, log-log. longer: a result of `length.py`,
-    for lengths at which the engine was measured alone."""
+def context_figure(names: Sequence[str]) -> Figure:
+    """Seconds and memory over the length of one stream beside the baselines, log-log."""
     rows = [row for row in rows_of(names, "tokens") if row["batch"] == 1]
-    longest = max(row["tokens"] for row in rows for result in row["results"] if result["median"])
-    rows += [row for row in alone(longer) if row["tokens"] > longest]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     for reader in LOOKS:
         curve(left, rows, reader, "tokens", median)
@@ -197,7 +182,7 @@ def main() -> None:
     embedded, gpt2 = ["bench_embedded_cpu.json"], ["bench_gpt2_cpu.json"]
     figures = {
         "length": long_figure("length_cpu.json"),
-        "context": context_figure(embedded, "length_cpu.json"),
+        "context": context_figure([*embedded, "bench_embedded_10M_cpu.json"]),
         "batch": batch_figure(["bench_embedded_batch_cpu.json"]),
         "floor": share_figure({"embedded checkpoint\n(128 wide)": embedded, "GPT-2 small\n(768 wide)": gpt2}),
     }
