@@ -580,7 +580,9 @@ def test_nothing_is_left_of_ten_thousand_streams(kind, tmp_path):
     for _ in range(10_000):
         cycle()
     assert anonymous_bytes() - before[0] < 1 << 19
-    assert (len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))) == before[1:]
+    assert len(os.listdir("/proc/self/fd")) == before[1]
+    # A joined thread may still be listed for a moment, in either count: what leaks here does so thousands of times.
+    assert abs(len(os.listdir("/proc/self/task")) - before[2]) <= 1
 
 
 def test_memory_is_flat_over_a_gigabyte(tmp_path):
