@@ -1,13 +1,14 @@
 """Text for the retrieval recipe: what is said and asked, the noise that hides it, the tokenizer.
 
 A *fact* says where somebody went ("Mary went to the garden."), a *link* how two rooms lie ("The hallway is east of the
-bathroom."), the *noise* is unrelated text. Noise is tokenized once; a statement is then put between two tokens. That is
-exact, not an approximation: it happens only where the tokenizer splits its input anyway (`StatementWriter.place`), so
-the ids equal those of the tokenized joined text. `tests` check it.
+bathroom."), the *noise* is unrelated text. Noise is tokenized once; a statement is then put between two tokens where
+the tokenizer splits its input anyway (`StatementWriter.place`), so that the ids equal those of the tokenized joined
+text; `tests` check it. They may differ in noise without words or lines, and before a text that begins with spaces.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rmt_engine.evaluation.facts import DIRECTIONS, NAMES, OPPOSITE, ROOMS, VERBS, Fact, Relation, furthest_question
+from rmt_engine.memory import write_atomically
 
 ASK_TEMPLATE = "\nQuestion: {question}\nAnswer:"
 EOS = "<|endoftext|>"
@@ -160,26 +162,26 @@ class StatementWriter:
         verbs = self.facts[name, room]
         return verbs[int(rng.integers(len(verbs)))]
 
-    def chain(self, rng: np.random.Generator, count: int = 2, share: float = 0.5) -> list[Statement]:
+    def chain(self, rng: np.random.Generator, count: int = 2) -> list[Statement]:
         """`count` links, each of which shares a room with the one before: rooms in a line, each link said from either
         side, in any order."""
         rooms = [int(room) for room in rng.permutation(len(ROOMS))[: count + 1]]
         way = int(rng.integers(len(DIRECTIONS)))
         said = []
         for near, far in itertools.pairwise(rooms):
-            said.append(self._told(rng, near, way, far, share))
+            said.append(self._told(rng, near, way, far))
         return [said[i] for i in rng.permutation(count)]
 
-    def another_link(self, rng: np.random.Generator, link: tuple[int, int, int], share: float = 0.5) -> Statement:
+    def another_link(self, rng: np.random.Generator, link: tuple[int, int, int]) -> Statement:
         """A link that puts a third room at either end of a told one's line."""
         near, way, far = link
         third = int(rng.choice([room for room in range(len(ROOMS)) if room not in (near, far)]))
         ahead, behind = (third, near) if rng.random() < 0.5 else (far, third)
-        return self._told(rng, ahead, way, behind, share)
+        return self._told(rng, ahead, way, behind)
 
-    def _told(self, rng: np.random.Generator, near: int, way: int, far: int, share: float) -> Statement:
-        """A link, in a share of cases from its other end."""
-        return self.links[(far, BACK[way], near) if rng.random() < share else (near, way, far)]
+    def _told(self, rng: np.random.Generator, near: int, way: int, far: int) -> Statement:
+        """A link, told from either end."""
+        return self.links[(far, BACK[way], near) if rng.random() < 0.5 else (near, way, far)]
 
     def questions(self, world: World) -> list[tuple[np.ndarray, int]]:
         """Everything that can be asked, with the id of the answer: where each name is, which rooms end the line."""
@@ -261,7 +263,10 @@ class NoiseBank:
         self.never = np.array(tokenizer.all_special_ids)  # ids that made-up noise must not hold
 
     def save(self, path: Path) -> None:
-        np.savez(path, weights=self.weights, **{f"bank{i}": bank for i, bank in enumerate(self.banks)})
+        """The file replaced in one move."""
+        stored = io.BytesIO()
+        np.savez(stored, weights=self.weights, **{f"bank{i}": bank for i, bank in enumerate(self.banks)})
+        write_atomically(path, stored.getvalue())
 
     @classmethod
     def load(cls, path: Path, tokenizer: PreTrainedTokenizerFast) -> NoiseBank:
@@ -290,7 +295,8 @@ class NoiseBank:
         return bank[start : start + length]
 
     def _ordinary(self, ids: np.ndarray) -> np.ndarray:
-        return np.where(np.isin(ids, self.never), 1, ids).astype(np.int32)
+        allowed = np.setdiff1d(np.arange(self.vocab_size), self.never)
+        return np.where(np.isin(ids, self.never), allowed[ids % len(allowed)], ids).astype(np.int32)
 
 
 def _random_unicode(rng: np.random.Generator, length: int) -> str:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 
 import torch
+from rmt_training import RecipeError
 from torch import Tensor
 
 from rmt_engine.evaluation.facts import DIRECTIONS, NAMES
@@ -33,7 +34,7 @@ def grown(
     layers that are missing come from `fresh`, stand before layer `at`, and add nothing yet."""
     more = layers_of(fresh) - layers_of(weights)
     if more < 0:
-        raise ValueError(f"a model of {layers_of(weights)} layers does not grow to {layers_of(fresh)}")
+        raise RecipeError(f"a model of {layers_of(weights)} layers does not grow to {layers_of(fresh)}")
 
     def moved(found: re.Match[str]) -> str:
         place = int(found[1])

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from inspect import cleandoc
 from pathlib import Path
 
 import numpy as np
+from rmt_training import RecipeError
 from transformers import PreTrainedTokenizerBase
 
 from rmt_engine.evaluation.noise import is_held_out, text_files
@@ -22,10 +23,10 @@ SHORTEST = 40  # characters; shorter docstrings say little
 LONGEST = 200_000  # characters of a document; a generated file of millions would outweigh the rest
 
 
-def docstrings(root: Path) -> Iterator[str]:
-    """One document for each `.py` file under `root`, in a fixed order: its docstrings, each content once."""
+def docstrings(roots: Iterable[Path]) -> Iterator[str]:
+    """One document for each `.py` file under the roots, in a fixed order: its docstrings, each content once."""
     seen: set[str] = set()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted({path for root in roots for path in root.rglob("*.py")}):
         found = DOCSTRING.findall(path.read_text(encoding="utf-8", errors="ignore"))
         texts = [cleandoc(text) for text in found if len(text) >= SHORTEST and text not in seen]
         seen.update(found)
@@ -34,20 +35,37 @@ def docstrings(root: Path) -> Iterator[str]:
 
 
 def documents(text: Path | None) -> tuple[list[str], list[str]]:
-    """(training, held out): the files at `text`, or the docstrings of the standard library and what is installed."""
+    """(training, held out): the files at `text`, or the docstrings of the standard library and what is installed.
+
+    Of one file alone the last tenth is held out. Raises InputError where there is no file.
+    """
     if text is None:
-        roots = {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}
-        found = list(dict.fromkeys(document for root in sorted(roots) for document in docstrings(Path(root))))
+        found = list(docstrings(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")))
+    elif text.is_file():
+        whole = "".join(content.decode() for content in text_files(text))
+        most = len(whole) * 9 // 10
+        cut = whole.rfind("\n", 0, most) + 1 or most
+        return [whole[:cut]], [whole[cut:]]
     else:
         found = [content.decode() for content in text_files(text)]
     held_out = [document for document in found if is_held_out(document.encode())]
     return [document for document in found if not is_held_out(document.encode())], held_out
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], shortest: int) -> list[np.ndarray]:
-    """Ids of each document that has at least `shortest`."""
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], shortest: int, use: str) -> list[np.ndarray]:
+    """Ids of each document that has at least `shortest`. use: what they are for, for the error where none has.
+
+    Raises RecipeError.
+    """
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    return [np.array(ids, dtype=np.int64) for ids in encoded if len(ids) >= shortest]
+    long = [np.array(ids, dtype=np.int64) for ids in encoded if len(ids) >= shortest]
+    if not long:
+        most = max(map(len, encoded), default=0)
+        raise RecipeError(
+            f"none of {len(texts)} texts {use} has {shortest} tokens, the longest {most}: give --text longer ones, or "
+            "more of them, or a smaller --segment-size"
+        )
+    return long
 
 
 class DocumentStreams:
@@ -65,13 +83,13 @@ class DocumentStreams:
         self.read = [0] * batch
 
     def next(self, segments: int, horizon: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids [B, segments · S + 1], one token beyond the last segment, and which rows begin anew, bool [B]."""
+        """ids [B, segments · S], and which rows begin anew, bool [B]."""
         length = segments * self.segment_size
         new = np.zeros(self.batch, dtype=bool)
         for row in range(self.batch):
-            if self.read[row] + segments > horizon or len(self.left[row]) < length + 1:
+            if self.read[row] + segments > horizon or len(self.left[row]) < length:
                 self.left[row], self.read[row], new[row] = self._draw(length, horizon), 0, True
-        ids = np.stack([left[: length + 1] for left in self.left])
+        ids = np.stack([left[:length] for left in self.left])
         self.left = [left[length:] for left in self.left]
         self.read = [read + segments for read in self.read]
         return ids, new
@@ -80,7 +98,7 @@ class DocumentStreams:
         """A document from a random place on, with as much as the horizon asks for where it has that."""
         while True:
             document = self.documents[int(np.searchsorted(self.cumulative, self.rng.random(), side="right"))]
-            spare = len(document) - max(length, horizon * self.segment_size) - 1
+            spare = len(document) - max(length, horizon * self.segment_size)
             start = int(self.rng.integers(spare + 1)) if spare > 0 else 0
-            if len(document) - start > length:
+            if len(document) - start >= length:
                 return document[start:]

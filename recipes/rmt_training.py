@@ -10,14 +10,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from rmt_engine.errors import RMTError
 from rmt_engine.memory import write_atomically
+
+
+class RecipeError(RMTError):
+    """A recipe that cannot be run as it was asked for, or that did not learn what it has to."""
 
 
 class MemoryCell(nn.Module):
@@ -116,12 +122,12 @@ class RecurrentEncoder(nn.Module):
 
 
 def load_converted(model: RecurrentDecoder | RecurrentEncoder, converted: Mapping[str, Tensor]) -> None:
-    """Takes the weights of a converted checkpoint, of the same kind and sizes. Raises ValueError for any other."""
+    """Takes the weights of a converted checkpoint, of the same kind and sizes. Raises RecipeError for any other."""
     state, own = model.named(converted), model.state_dict()
     needed = {name for name, _ in model.named_parameters()}  # a tied head is named once
     strange = [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
     if strange or needed - set(state):
-        raise ValueError(f"--from has other parameters than --kind: {sorted({*strange, *(needed - set(state))})}")
+        raise RecipeError(f"--from has other parameters than --kind: {sorted({*strange, *(needed - set(state))})}")
     model.load_state_dict(state, strict=False)
 
 
@@ -144,6 +150,14 @@ def _floats(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
 
 
+def reported(main: Callable[[], None]) -> None:
+    """Runs a script; what its user can mend is said in one line, exit status 1."""
+    try:
+        main()
+    except RMTError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
 def log(**values: object) -> None:
     print(json.dumps(values), flush=True)
 
@@ -153,6 +167,17 @@ def save_whole(state: object, path: Path) -> None:
     partial = path.with_name(path.name + ".tmp")
     torch.save(state, partial)
     os.replace(partial, path)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """tokenizer.save_pretrained, each file replaced in one move. `tokenizer.json` is last: with it all are there."""
+    with tempfile.TemporaryDirectory(dir=folder) as partial:
+        tokenizer.save_pretrained(partial)
+        for path in sorted(Path(partial).rglob("*"), key=lambda path: path.name == "tokenizer.json"):
+            if path.is_file():
+                final = folder / path.relative_to(partial)
+                final.parent.mkdir(exist_ok=True)
+                os.replace(path, final)
 
 
 def save_checkpoint(
@@ -174,6 +199,6 @@ def save_checkpoint(
     if isinstance(model, RecurrentEncoder):
         state["model.embeddings.weight"] = state["model.bert.embeddings.word_embeddings.weight"]
     save_whole(state, best / "pytorch_model.bin")
-    tokenizer.save_pretrained(base)
+    save_tokenizer(tokenizer, base)
     for path, values in ((base / "config.json", base_config), (out / "recipe.json", described)):
         write_atomically(path, json.dumps(values, indent=2).encode() + b"\n")

@@ -28,7 +28,7 @@ import torch
 from copying_init import small_llama
 from facts_data import train_tokenizer
 from lm_data import DocumentStreams, documents, encode
-from rmt_training import RecurrentDecoder, log, save_checkpoint, save_whole
+from rmt_training import RecurrentDecoder, log, reported, save_checkpoint, save_tokenizer, save_whole
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -91,12 +91,12 @@ def fresh_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
 
 
 def segment_losses(model: RecurrentDecoder, memory: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Reads the segments of ids [B, K·S + 1]: the loss of every token [B, K, S], and the memory state after them.
+    """Reads the segments of ids [B, K·S]: the loss of every token [B, K, S], and the memory state after them.
 
-    A segment predicts its first token from the read memory alone, and the token behind it is the next one's first.
+    A segment predicts its first token from the read memory alone.
     """
     losses = []
-    for start in range(0, ids.shape[1] - 1, size):
+    for start in range(0, ids.shape[1], size):
         text = ids[:, start : start + size]
         hidden, memory = model.segment(memory, text)
         logits = model.logits(hidden[:, model.memory_tokens - 1 : -1])
@@ -177,7 +177,7 @@ class Trainer:
         save_whole(state, self.work / "state.pt")
 
     def resume(self) -> None:
-        state = torch.load(self.work / "state.pt", weights_only=True)
+        state = torch.load(self.work / "state.pt", weights_only=True, map_location=self.device)
         self.step = state["step"]
         self.started -= state["seconds"]
         self.model.load_state_dict(state["model"])
@@ -196,10 +196,8 @@ def perplexities(
     and the last.
     """
     rng, most = np.random.default_rng(seed), max(counts)
-    length = (most + 1) * size + 1
+    length = (most + 1) * size
     longest = [document for document in held_out if len(document) >= length]
-    if not longest:
-        raise ValueError(f"no held-out document has the {length} tokens of {most} segments and a target")
     losses: dict[int, list[Tensor]] = {count: [] for count in (0, *counts)}
     device = model.memory_cell.memory.device
     for _ in range(math.ceil(windows / 32)):
@@ -239,12 +237,14 @@ def load_backbone(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The backbone and its tokenizer: those of `--from`, or fresh ones."""
     if arguments.source is not None:
-        return AutoModelForCausalLM.from_pretrained(arguments.source), AutoTokenizer.from_pretrained(arguments.source)
+        # fp32 whatever it was saved in: memory tokens are, and so are the optimizer's steps
+        backbone = AutoModelForCausalLM.from_pretrained(arguments.source, dtype=torch.float32)
+        return backbone, AutoTokenizer.from_pretrained(arguments.source)
     if (work / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(work)
     else:
         tokenizer = train_tokenizer(texts[::4] if len(texts) > 400 else texts, recipe.vocab_size)
-        tokenizer.save_pretrained(work)
+        save_tokenizer(tokenizer, work)
     return fresh_model(recipe, tokenizer), tokenizer
 
 
@@ -255,7 +255,7 @@ def main() -> None:
         "--from", dest="source", type=Path, help="a Hugging Face causal LM folder (default: a small fresh Llama)"
     )
     parser.add_argument(
-        "--text", type=Path, help="a text file or folder (default: the docstrings of what is installed)"
+        "--text", type=Path, help="a folder of texts, or one long text (default: the docstrings of what is installed)"
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -275,8 +275,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     backbone, tokenizer = load_backbone(arguments, recipe, training, work)
     size = recipe.segment_size
-    ids = encode(tokenizer, training, recipe.bptt * size + 1)
-    held_out_ids = encode(tokenizer, held_out, (max(recipe.horizons) + 1) * size + 1)
+    ids = encode(tokenizer, training, recipe.bptt * size, "to train on")
+    held_out_ids = encode(tokenizer, held_out, (max(recipe.horizons) + 1) * size, "held out")
     log(event="start", documents=len(ids), tokens=sum(map(len, ids)), held_out=len(held_out_ids))
     trainer = Trainer(recipe, backbone, tokenizer, ids, arguments.out, arguments.device)
     trainer.train()
@@ -288,4 +288,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    reported(main)

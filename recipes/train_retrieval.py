@@ -23,6 +23,7 @@ Writes `DIR/model_best/pytorch_model.bin` (the authors' names), `DIR/base/` (con
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import shlex
 import sys
@@ -47,14 +48,24 @@ from facts_data import (
 from growing import directions_named, grown, layers_of
 from learners import Decoder, Encoder, Reading, note
 from pool import Hard, Lived, Pool, disturbed
-from retrieval_settings import RECIPES, TINY, Recipe, Stage
-from rmt_training import MovingAverage, load_converted, log, save_checkpoint, save_whole
+from retrieval_settings import RECIPES, TINY, News, Recipe, Stage
+from rmt_training import (
+    MovingAverage,
+    RecipeError,
+    load_converted,
+    log,
+    reported,
+    save_checkpoint,
+    save_tokenizer,
+    save_whole,
+)
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rmt_engine import checkpoint
 from rmt_engine.evaluation.facts import NAMES, ROOMS
 from rmt_engine.evaluation.noise import is_held_out, python_sources
+from rmt_engine.memory import write_atomically
 
 
 def build_tokenizer_and_noise(recipe: Recipe, source: Path | None) -> tuple[PreTrainedTokenizerFast, NoiseBank]:
@@ -71,6 +82,25 @@ def build_tokenizer_and_noise(recipe: Recipe, source: Path | None) -> tuple[PreT
     return tokenizer, NoiseBank(texts, tokenizer, recipe.data_seed)
 
 
+def keep_run(path: Path, recipe: Recipe, source: Path | None) -> None:
+    """What a later run with the same `--out` has to agree with."""
+    run = {"recipe": asdict(recipe), "from": None if source is None else str(source.resolve())}
+    write_atomically(path, json.dumps(run, indent=2).encode() + b"\n")
+
+
+def same_run(path: Path, recipe: Recipe, source: Path | None) -> None:
+    """Raises RecipeError where another run was begun in this folder; one with other `pool_steps` is the same."""
+    if not path.exists():
+        return
+    kept = json.loads(path.read_text())
+    now = json.loads(json.dumps(asdict(recipe)))
+    other = [name for name, value in now.items() if name != "pool_steps" and kept["recipe"].get(name) != value]
+    if kept["from"] != (None if source is None else str(source.resolve())):
+        other.append("--from")
+    if other:
+        raise RecipeError(f"{path.parent} is of a run with other settings ({', '.join(other)}): give another --out")
+
+
 class Trainer:
     def __init__(self, recipe: Recipe, out: Path, source: Path | None = None) -> None:
         """source: a converted decoder of the recipe's sizes, from whose weights the pool goes on."""
@@ -78,13 +108,13 @@ class Trainer:
         self.recipe, self.out, self.started = recipe, out, time.time()
         self.work = out / "training"
         self.work.mkdir(parents=True, exist_ok=True)
-        if (self.work / "noise.npz").exists():
+        same_run(self.work / "run.json", recipe, source)
+        kept_noise = self.work / "noise.npz"
+        if kept_noise.exists():
             self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self.work)
-            bank = NoiseBank.load(self.work / "noise.npz", self.tokenizer)
+            bank = NoiseBank.load(kept_noise, self.tokenizer)
         else:
             self.tokenizer, bank = build_tokenizer_and_noise(recipe, source)
-            self.tokenizer.save_pretrained(self.work)
-            bank.save(self.work / "noise.npz")
         self.maker = EpisodeMaker(StatementWriter(self.tokenizer), bank, recipe.seed)
         kind = {"decoder": Decoder, "encoder": Encoder}[recipe.kind]
         self.learner: Decoder | Encoder = kind(recipe, self.maker, self.tokenizer)
@@ -102,6 +132,10 @@ class Trainer:
             if source is not None:
                 self.go_on_from(source)
             self.optimizer = self.new_optimizer()
+        keep_run(self.work / "run.json", recipe, source)
+        if not kept_noise.exists():  # the source was good: what was made of it may stay
+            save_tokenizer(self.tokenizer, self.work)
+            bank.save(kept_noise)
         log(event="start", step=self.step, noise_tokens=[len(b) for b in bank.banks], seconds=self.seconds())
 
     def seconds(self) -> float:
@@ -169,45 +203,38 @@ class Trainer:
 
     def curriculum(self) -> None:
         recipe = self.recipe
-        accuracy, seen = 0.0, 0
+        accuracy = 0.0  # a running mean that begins at none, so a stage takes some batches
         while self.step < recipe.curriculum_steps and self.stage < len(recipe.stages):
             stage = recipe.stages[self.stage]
             reading, hardest = self.curriculum_step(stage)
-            rate = stage.rate * recipe.curriculum_rate
-            self.update(reading.loss, rate * min(1.0, (self.step + 1) / recipe.warmup))
+            self.update(reading.loss, recipe.curriculum_rate * min(1.0, (self.step + 1) / recipe.warmup))
             if hardest and reading.asked.any():
                 accuracy += 0.06 * (float(reading.right[reading.asked].float().mean()) - accuracy)
-                seen += 1
             if self.step % 25 == 0:
-                loss = round(float(reading.loss.detach()), 3)
-                log(
-                    phase=1,
-                    step=self.step,
-                    stage=self.stage,
-                    loss=loss,
-                    right=round(accuracy, 3),
-                    seconds=self.seconds(),
-                )
-            if seen >= 20 and accuracy > stage.enough:
+                loss, right = round(float(reading.loss.detach()), 3), round(accuracy, 3)
+                log(phase=1, step=self.step, stage=self.stage, loss=loss, right=right, seconds=self.seconds())
+            if accuracy > stage.enough:
                 log(phase=1, step=self.step, learned=asdict(stage), seconds=self.seconds())
-                self.stage, accuracy, seen = self.stage + 1, 0.0, 0
+                self.stage, accuracy = self.stage + 1, 0.0
                 self.keep()
             elif self.step % recipe.save_every == 0:
                 self.keep()
         if not self.pool_steps_done:  # a run that goes on in the pool has more to say already
             self.save({"phase": 1, "steps": self.step})
+        if self.stage < len(recipe.stages) and recipe.must_learn:
+            left = f"stage {self.stage + 1} of {len(recipe.stages)} of the curriculum was not learned"
+            raise RecipeError(f"{left} in {self.step} steps: the log says how far it came; try another --seed")
 
     def curriculum_step(self, stage: Stage) -> tuple[Reading, bool]:
         """One batch from the initial memory, and whether it is of the stage's full length."""
         rng, batch = self.maker.rng, self.recipe.batch
         count = stage.segments if rng.random() < 0.7 else int(rng.integers(stage.segments + 1))
         lengths = self.segment_lengths(count + (self.recipe.kind == "encoder"), stage.size)
-        rests = self.rests(stage.size) if not lengths or rng.random() < 0.3 else np.zeros(batch, dtype=np.int64)
-        if not lengths:
-            rests[:] = stage.size
+        rests = self.rests(stage.size, 0.3) if lengths else np.full(batch, stage.size)
         total = sum(lengths) + stage.size
         rows = [
-            self.maker.row(total, World(), self.news(lengths, int(rest), stage), stage.distractors) for rest in rests
+            self.maker.row(total, World(), self.news(lengths, int(rest), stage.news), stage.news.distractors)
+            for rest in rests
         ]
         return self.learner.read(self.model.initial_memory(batch), rows, lengths, rests), count == stage.segments
 
@@ -218,20 +245,23 @@ class Trainer:
             lengths[int(rng.integers(count))] = int(rng.integers(1, size))
         return lengths
 
-    def rests(self, size: int) -> np.ndarray:
-        """Lengths of the rests of a batch, any that fits beside a question."""
-        return self.maker.rng.integers(0, size - 16, size=self.recipe.batch)
+    def rests(self, size: int, share: float) -> np.ndarray:
+        """Lengths of the rests of a batch, any that fits beside a question, in a share of cases; else there are none.
+        An encoder has none: it is asked within its segments."""
+        rng, batch = self.maker.rng, self.recipe.batch
+        if self.recipe.kind == "encoder" or rng.random() >= share:
+            return np.zeros(batch, dtype=np.int64)
+        return rng.integers(0, size - 16, size=batch)
 
-    def news(self, lengths: list[int], rest: int, stage: Stage) -> list[tuple[int, Statement]]:
+    def news(self, lengths: list[int], rest: int, news: News) -> list[tuple[int, Statement]]:
         """What a row is told that knows nothing yet: wanted position and statement."""
         rng, writer = self.maker.rng, self.maker.writer
-        if rng.random() < stage.links:
-            count = 1 if rng.random() < stage.apart else stage.chain
-            said = writer.chain(rng, count, stage.turned)
+        if rng.random() < news.links:
+            said = writer.chain(rng, 1 if rng.random() < news.apart else news.chain)
             return [(self.somewhere(lengths, rest), link) for link in said]
-        count = 1 if rng.random() < stage.lone else int(rng.integers(stage.fewest, stage.facts + 1))
+        count = 1 if rng.random() < news.lone else int(rng.integers(news.fewest, news.facts + 1))
         names = rng.permutation(len(NAMES))[:count].tolist()
-        if rng.random() < stage.again:
+        if rng.random() < news.again:
             names.append(names[0])
         said = [writer.fact(rng, name, int(rng.integers(len(ROOMS)))) for name in names]
         places = [0 if rng.random() < 0.08 else self.somewhere(lengths, rest) for _ in said]
@@ -280,12 +310,7 @@ class Trainer:
         old = pool.draw(rng, recipe.batch - n_blank - len(hard) - max(recipe.batch // 8, 1))
         n_fresh = recipe.batch - n_blank - len(hard) - len(old)
         lengths = self.segment_lengths(int(rng.integers(1, 4)), recipe.segment_size)
-        decoder = recipe.kind == "decoder"
-        rests = (
-            self.rests(recipe.segment_size)
-            if decoder and rng.random() < 0.4
-            else np.zeros(recipe.batch, dtype=np.int64)
-        )
+        rests = self.rests(recipe.segment_size, 0.4)
         places: list[int | None] = [*[None] * (n_fresh + n_blank), *old]
         worlds = [World() if place is None else pool.at(place).world for place in places]
         length = sum(lengths) + recipe.segment_size
@@ -452,9 +477,11 @@ def main() -> None:
     given = {name: value for name in ("pool_steps", "pool_rate") if (value := getattr(arguments, name)) is not None}
     recipe = replace(recipe, **given)
     trainer = Trainer(recipe, arguments.out, arguments.source)
+    if trainer.pool_steps_done >= recipe.pool_steps:
+        log(event="nothing is left to do", pool_steps=trainer.pool_steps_done)
     trainer.curriculum()
     trainer.pool()
 
 
 if __name__ == "__main__":
-    main()
+    reported(main)

@@ -210,7 +210,7 @@ def test_noise_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "d.bin").write_bytes(b"\xff\xfe")
     assert [content.decode() for content in text_files(tmp_path)] == ["first", "second"]
     assert noise_text(tmp_path / "a.txt") == "first"
-    with pytest.raises(InputError, match="there is no noise at"):
+    with pytest.raises(InputError, match="there is no text at"):
         noise_text(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no UTF-8 text at"):

@@ -49,9 +49,14 @@ def decoder(tmp_path_factory, recipes) -> Path:
 def encoder(tmp_path_factory, recipes, decoder: Path) -> Path:
     """The encoder's; it goes on from the decoder's tokenizer and noise, to save time."""
     out = tmp_path_factory.mktemp("encoder")
-    shutil.copytree(decoder / "training", out / "training", ignore=shutil.ignore_patterns("state.pt"))
+    of_another_run(decoder, out)
     train(recipes, "encoder", out)
     return out
+
+
+def of_another_run(trained: Path, out: Path) -> None:
+    """The tokenizer and the noise, without which a run takes long to begin."""
+    shutil.copytree(trained / "training", out / "training", ignore=shutil.ignore_patterns("state.pt", "run.json"))
 
 
 def train(recipes: SimpleNamespace, kind: str, out: Path) -> None:
@@ -137,6 +142,88 @@ def test_a_run_that_was_cut_off_goes_on(decoder: Path, recipes) -> None:
     assert json.loads((decoder / "recipe.json").read_text())["figures"] == figures
 
 
+@pytest.mark.parametrize("cut_in", ["curriculum_step", "pool_step"])
+def test_a_run_that_was_cut_off_within_a_phase_goes_on(
+    decoder: Path, recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_in: str
+) -> None:
+    of_another_run(decoder, tmp_path)
+    small = {**recipes.retrieval_settings.TINY, "curriculum_steps": 6, "pool_steps": 6, "save_every": 2}
+    recipe = replace(recipes.retrieval_settings.FACTS, **small)
+    trainer = recipes.train_retrieval.Trainer(recipe, tmp_path)
+    plain, calls = getattr(trainer, cut_in), []
+
+    def cut(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(trainer, cut_in, cut)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.curriculum()
+        trainer.pool()
+    resumed = recipes.train_retrieval.Trainer(recipe, tmp_path)
+    assert (resumed.step, resumed.pool_steps_done) == ((4, 0) if cut_in == "curriculum_step" else (10, 4))
+    assert all(torch.isfinite(value).all() for value in resumed.average.values.values())
+    resumed.curriculum()
+    resumed.pool()
+    assert (resumed.step, resumed.pool_steps_done) == (12, 6)
+
+
+def test_a_folder_holds_one_run(decoder: Path, recipes, tmp_path: Path) -> None:
+    of_another_run(decoder, tmp_path)
+    settings, trainer = recipes.retrieval_settings, recipes.train_retrieval.Trainer
+    recipe = replace(settings.FACTS, **settings.TINY)
+    trainer(recipe, tmp_path)
+    trainer(replace(recipe, pool_steps=9), tmp_path)  # more of the same
+    with pytest.raises(
+        recipes.rmt_training.RecipeError, match=r"other settings \(seed, pool_rate\): give another --out"
+    ):
+        trainer(replace(recipe, seed=11, pool_rate=1.0), tmp_path)
+    with pytest.raises(recipes.rmt_training.RecipeError, match=r"other settings \(--from\)"):
+        trainer(recipe, tmp_path, tmp_path / "model")
+
+
+def test_what_a_refused_source_left_is_not_gone_on_from(decoder: Path, recipes, tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    convert(decoder / "model_best", model, decoder / "base", segment_size=112)
+    recipe = replace(recipes.retrieval_settings.FACTS, **recipes.retrieval_settings.TINY)
+    with pytest.raises(recipes.rmt_training.RecipeError, match="other parameters than --kind"):
+        recipes.train_retrieval.Trainer(replace(recipe, width=64), out, model)
+    assert not [*(out / "training").iterdir()]
+
+
+def test_a_curriculum_that_was_not_learned_is_an_error(decoder: Path, recipes, tmp_path: Path) -> None:
+    of_another_run(decoder, tmp_path)
+    recipe = replace(recipes.retrieval_settings.FACTS, **{**recipes.retrieval_settings.TINY, "must_learn": True})
+    with pytest.raises(recipes.rmt_training.RecipeError, match="stage 1 of 6 of the curriculum was not learned in 4"):
+        recipes.train_retrieval.Trainer(recipe, tmp_path).curriculum()
+
+
+def test_errors_are_one_line(recipes) -> None:
+    def fails() -> None:
+        raise recipes.rmt_training.RecipeError("what to do")
+
+    with pytest.raises(SystemExit, match=r"^error: what to do$"):
+        recipes.rmt_training.reported(fails)
+
+
+def test_an_encoder_is_asked_within_its_segments(encoder: Path, recipes) -> None:
+    recipe = replace(recipes.retrieval_settings.ENCODER, **recipes.retrieval_settings.TINY)
+    trainer = recipes.train_retrieval.Trainer(recipe, encoder)
+    assert not any(trainer.rests(117, 1.0).any() for _ in range(8))
+
+
+def test_made_up_noise_holds_no_special_ids_and_no_answers(decoder: Path, recipes) -> None:
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(decoder / "base")
+    writer = recipes.facts_data.StatementWriter(tokenizer)
+    bank = recipes.facts_data.NoiseBank.load(decoder / "training" / "noise.npz", tokenizer)
+    recipes.episodes.EpisodeMaker(writer, bank, 1)
+    made = bank._ordinary(np.arange(len(tokenizer)))
+    assert not {*tokenizer.all_special_ids, *writer.answers.tolist()} & {*made.tolist()}
+    assert (made == np.arange(len(tokenizer))).sum() == len(tokenizer) - len(tokenizer.all_special_ids) - 6
+
+
 def test_the_pool_goes_on_from_a_converted_decoder(decoder: Path, recipes, tmp_path: Path) -> None:
     model = tmp_path / "model"
     convert(decoder / "model_best", model, decoder / "base", segment_size=112)
@@ -151,10 +238,10 @@ def test_the_pool_goes_on_from_a_converted_decoder(decoder: Path, recipes, tmp_p
     trainer.curriculum()
     assert trainer.step == 0  # nothing is left of it
     wider = replace(recipe, width=64)
-    with pytest.raises(ValueError, match="other parameters than --kind"):
+    with pytest.raises(recipes.rmt_training.RecipeError, match="other parameters than --kind"):
         recipes.train_retrieval.Trainer(wider, tmp_path / "wider", model)
     shallow = replace(recipe, layers=1)
-    with pytest.raises(ValueError, match="2 layers does not grow to 1"):
+    with pytest.raises(recipes.rmt_training.RecipeError, match="2 layers does not grow to 1"):
         recipes.train_retrieval.Trainer(shallow, tmp_path / "shallow", model)
 
 
@@ -167,7 +254,7 @@ def test_the_pool_goes_on_from_a_converted_encoder(encoder: Path, recipes, tmp_p
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, trained[name]), name
     decoder = replace(recipes.retrieval_settings.FACTS, **recipes.retrieval_settings.TINY)
-    with pytest.raises(ValueError, match="other parameters than --kind"):
+    with pytest.raises(recipes.rmt_training.RecipeError, match="other parameters than --kind"):
         recipes.train_retrieval.Trainer(decoder, tmp_path / "decoder", model)
 
 
@@ -279,7 +366,7 @@ def test_noise_that_was_taken_badly_is_read_by_others(decoder: Path, recipes) ->
 
 
 def test_what_states_took_worst_is_read_again(decoder: Path, recipes, tmp_path: Path) -> None:
-    shutil.copytree(decoder / "training", tmp_path / "training", ignore=shutil.ignore_patterns("state.pt"))
+    of_another_run(decoder, tmp_path)
     sizes = {**recipes.retrieval_settings.TINY, "hard": 2, "lived": 8, "blank_size": 4}
     recipe = replace(recipes.retrieval_settings.FACTS, **sizes)
     trainer = recipes.train_retrieval.Trainer(recipe, tmp_path)
@@ -307,7 +394,7 @@ def test_what_states_took_worst_is_read_again(decoder: Path, recipes, tmp_path: 
 @pytest.fixture
 def links(decoder: Path, recipes, tmp_path: Path):
     """A trainer of links, tiny, with nothing trained, at the start of its pool."""
-    shutil.copytree(decoder / "training", tmp_path / "training", ignore=shutil.ignore_patterns("state.pt"))
+    of_another_run(decoder, tmp_path)
     recipe = replace(recipes.retrieval_settings.LINKS, **recipes.retrieval_settings.TINY)
     trainer = recipes.train_retrieval.Trainer(recipe, tmp_path)
     trainer.begin_pool()
@@ -436,12 +523,65 @@ def test_the_language_model_recipe_runs(recipes, tmp_path: Path, capsys: pytest.
     assert any((tmp_path / "lm" / "held_out").iterdir())
 
 
+def test_a_language_model_run_that_was_cut_off_goes_on(
+    recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, plain, steps = RECIPES.parent / "rmt_engine", recipes.train_lm.Trainer.train_step, []
+
+    def cut(trainer: object) -> torch.Tensor:
+        steps.append(trainer.step)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return plain(trainer)
+
+    monkeypatch.setattr(recipes.train_lm.Trainer, "train_step", cut)
+    command = ("--smoke", "--text", str(text), "--out", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        run(recipes.train_lm.main, *command)
+    run(recipes.train_lm.main, *command)
+    assert steps == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
+    assert json.loads((tmp_path / "recipe.json").read_text())["steps"] == 8
+
+
+def test_one_text_is_trained_on_but_for_its_end(recipes, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("".join(f"line {i}\n" for i in range(1000)))
+    (training,), (held_out,) = recipes.lm_data.documents(book)
+    assert training + held_out == book.read_text() and held_out.startswith("line ")
+    assert 0.05 < len(held_out) / len(training) < 0.15
+    run(recipes.train_lm.main, "--smoke", "--steps", "2", "--text", str(book), "--out", str(tmp_path / "lm"))
+    assert (tmp_path / "lm" / "model_best" / "pytorch_model.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "error"),
+    [(3, "none of 1 texts to train on has 32 tokens"), (120, "none of 1 texts held out has 144 tokens")],
+)
+def test_texts_that_are_too_short_are_an_error_before_training(recipes, tmp_path: Path, lines: int, error: str) -> None:
+    (tmp_path / "short.txt").write_text("a few words\n" * lines)
+    with pytest.raises(recipes.rmt_training.RecipeError, match=error):
+        run(recipes.train_lm.main, "--smoke", "--text", str(tmp_path / "short.txt"), "--out", str(tmp_path / "lm"))
+    assert not (tmp_path / "lm" / "model_best").exists()
+
+
+def test_a_half_precision_model_is_trained_in_full(recipes, decoder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    config = transformers.LlamaConfig.from_pretrained(decoder / "base", dtype="bfloat16")
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
+    transformers.AutoTokenizer.from_pretrained(decoder / "base").save_pretrained(source)
+    text = RECIPES.parent / "rmt_engine"
+    command = ("--smoke", "--steps", "2", "--from", str(source), "--text", str(text), "--out", str(tmp_path / "lm"))
+    run(recipes.train_lm.main, *command)
+    weights = torch.load(tmp_path / "lm" / "model_best" / "pytorch_model.bin", weights_only=True)
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
 def test_document_streams_carry_on_until_the_horizon(recipes) -> None:
     documents = [np.arange(1000, 1100), np.arange(2000, 2300)]
     streams = recipes.lm_data.DocumentStreams(documents, batch=3, segment_size=10, seed=0)
     before, _ = streams.next(segments=2, horizon=4)
     for _ in range(20):
         ids, new = streams.next(segments=2, horizon=4)
-        assert ids.shape == (3, 21) and (np.diff(ids) == 1).all()
-        assert (ids[~new, 0] == before[~new, -1]).all()
+        assert ids.shape == (3, 20) and (np.diff(ids) == 1).all()
+        assert (ids[~new, 0] == before[~new, -1] + 1).all()
         before = ids

@@ -36,7 +36,7 @@ def python_sources(root: Path | None = None) -> Iterator[bytes]:
 def text_files(path: Path) -> Iterator[bytes]:
     """The UTF-8 file `path`, or those under the folder `path`, in a fixed order, each content once."""
     if not path.exists():
-        raise InputError(f"there is no noise at {path}; give a text file or a folder of them")
+        raise InputError(f"there is no text at {path}; give a text file or a folder of them")
     seen = set()
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
         if file.is_file():
