@@ -158,6 +158,28 @@ def reported(main: Callable[[], None]) -> None:
         raise SystemExit(f"error: {error}") from None
 
 
+class OneRun:
+    """What a run in a folder was begun with, so that none with other settings goes on from it."""
+
+    def __init__(
+        self, path: Path, recipe: Mapping[str, object], may_change: str, sources: Mapping[str, Path | None]
+    ) -> None:
+        """path: where it is kept; recipe: all settings, of which one, how long to train, may be another; sources: files
+        that were given. Raises RecipeError where another run was begun."""
+        given = {name: source and str(source.resolve()) for name, source in sources.items()}
+        settings = {name: value for name, value in recipe.items() if name != may_change}
+        self.path, self.written = path, json.dumps({**settings, **given}, indent=2).encode() + b"\n"
+        if not path.exists():
+            return
+        kept = json.loads(path.read_bytes())
+        other = [name for name, value in json.loads(self.written).items() if kept.get(name) != value]
+        if other:
+            raise RecipeError(f"{path.parent} is of a run with other settings ({', '.join(other)}): give another --out")
+
+    def keep(self) -> None:
+        write_atomically(self.path, self.written)
+
+
 def log(**values: object) -> None:
     print(json.dumps(values), flush=True)
 

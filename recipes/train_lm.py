@@ -28,7 +28,7 @@ import torch
 from copying_init import small_llama
 from facts_data import train_tokenizer
 from lm_data import DocumentStreams, documents, encode
-from rmt_training import RecurrentDecoder, log, reported, save_checkpoint, save_tokenizer, save_whole
+from rmt_training import OneRun, RecurrentDecoder, log, reported, save_checkpoint, save_tokenizer, save_whole
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -244,7 +244,6 @@ def load_backbone(
         tokenizer = PreTrainedTokenizerFast.from_pretrained(work)
     else:
         tokenizer = train_tokenizer(texts[::4] if len(texts) > 400 else texts, recipe.vocab_size)
-        save_tokenizer(tokenizer, work)
     return fresh_model(recipe, tokenizer), tokenizer
 
 
@@ -273,11 +272,16 @@ def main() -> None:
         training, held_out = training[:40], held_out[:40]
     work = arguments.out / "training"
     work.mkdir(parents=True, exist_ok=True)
+    sources = {"--from": arguments.source, "--text": arguments.text}
+    this_run = OneRun(work / "run.json", asdict(recipe), "steps", sources)
     backbone, tokenizer = load_backbone(arguments, recipe, training, work)
     size = recipe.segment_size
     ids = encode(tokenizer, training, recipe.bptt * size, "to train on")
     held_out_ids = encode(tokenizer, held_out, (max(recipe.horizons) + 1) * size, "held out")
     log(event="start", documents=len(ids), tokens=sum(map(len, ids)), held_out=len(held_out_ids))
+    this_run.keep()
+    if arguments.source is None:
+        save_tokenizer(tokenizer, work)
     trainer = Trainer(recipe, backbone, tokenizer, ids, arguments.out, arguments.device)
     trainer.train()
     keep_held_out(arguments.out / "held_out", held_out, shortest=size * 32)

@@ -23,7 +23,6 @@ Writes `DIR/model_best/pytorch_model.bin` (the authors' names), `DIR/base/` (con
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import shlex
 import sys
@@ -51,6 +50,7 @@ from pool import Hard, Lived, Pool, disturbed
 from retrieval_settings import RECIPES, TINY, News, Recipe, Stage
 from rmt_training import (
     MovingAverage,
+    OneRun,
     RecipeError,
     load_converted,
     log,
@@ -65,7 +65,6 @@ from transformers import PreTrainedTokenizerFast
 from rmt_engine import checkpoint
 from rmt_engine.evaluation.facts import NAMES, ROOMS
 from rmt_engine.evaluation.noise import is_held_out, python_sources
-from rmt_engine.memory import write_atomically
 
 
 def build_tokenizer_and_noise(recipe: Recipe, source: Path | None) -> tuple[PreTrainedTokenizerFast, NoiseBank]:
@@ -82,25 +81,6 @@ def build_tokenizer_and_noise(recipe: Recipe, source: Path | None) -> tuple[PreT
     return tokenizer, NoiseBank(texts, tokenizer, recipe.data_seed)
 
 
-def keep_run(path: Path, recipe: Recipe, source: Path | None) -> None:
-    """What a later run with the same `--out` has to agree with."""
-    run = {"recipe": asdict(recipe), "from": None if source is None else str(source.resolve())}
-    write_atomically(path, json.dumps(run, indent=2).encode() + b"\n")
-
-
-def same_run(path: Path, recipe: Recipe, source: Path | None) -> None:
-    """Raises RecipeError where another run was begun in this folder; one with other `pool_steps` is the same."""
-    if not path.exists():
-        return
-    kept = json.loads(path.read_text())
-    now = json.loads(json.dumps(asdict(recipe)))
-    other = [name for name, value in now.items() if name != "pool_steps" and kept["recipe"].get(name) != value]
-    if kept["from"] != (None if source is None else str(source.resolve())):
-        other.append("--from")
-    if other:
-        raise RecipeError(f"{path.parent} is of a run with other settings ({', '.join(other)}): give another --out")
-
-
 class Trainer:
     def __init__(self, recipe: Recipe, out: Path, source: Path | None = None) -> None:
         """source: a converted decoder of the recipe's sizes, from whose weights the pool goes on."""
@@ -108,7 +88,7 @@ class Trainer:
         self.recipe, self.out, self.started = recipe, out, time.time()
         self.work = out / "training"
         self.work.mkdir(parents=True, exist_ok=True)
-        same_run(self.work / "run.json", recipe, source)
+        run = OneRun(self.work / "run.json", asdict(recipe), "pool_steps", {"--from": source})
         kept_noise = self.work / "noise.npz"
         if kept_noise.exists():
             self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self.work)
@@ -132,7 +112,7 @@ class Trainer:
             if source is not None:
                 self.go_on_from(source)
             self.optimizer = self.new_optimizer()
-        keep_run(self.work / "run.json", recipe, source)
+        run.keep()
         if not kept_noise.exists():  # the source was good: what was made of it may stay
             save_tokenizer(self.tokenizer, self.work)
             bank.save(kept_noise)

@@ -540,6 +540,10 @@ def test_a_language_model_run_that_was_cut_off_goes_on(
         run(recipes.train_lm.main, *command)
     run(recipes.train_lm.main, *command)
     assert steps == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
+    with pytest.raises(recipes.rmt_training.RecipeError, match=r"other settings \(segment_size, rate\)"):
+        run(recipes.train_lm.main, *command, "--segment-size", "12", "--rate", "0.1")
+    with pytest.raises(recipes.rmt_training.RecipeError, match=r"other settings \(--text\)"):
+        run(recipes.train_lm.main, *command[:2], str(text / "evaluation"), *command[3:])
     assert json.loads((tmp_path / "recipe.json").read_text())["steps"] == 8
 
 
@@ -561,7 +565,7 @@ def test_texts_that_are_too_short_are_an_error_before_training(recipes, tmp_path
     (tmp_path / "short.txt").write_text("a few words\n" * lines)
     with pytest.raises(recipes.rmt_training.RecipeError, match=error):
         run(recipes.train_lm.main, "--smoke", "--text", str(tmp_path / "short.txt"), "--out", str(tmp_path / "lm"))
-    assert not (tmp_path / "lm" / "model_best").exists()
+    assert not [*(tmp_path / "lm" / "training").iterdir()]  # a tokenizer of these texts would serve the next ones
 
 
 def test_a_half_precision_model_is_trained_in_full(recipes, decoder: Path, tmp_path: Path) -> None:
